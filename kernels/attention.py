@@ -1,0 +1,90 @@
+"""Evaluate a list of segments: plan once, run in every layer.
+
+A backend turns a ``Segment`` into calls of its own once, when the plan is made; ``run`` evaluates them with the
+keys, values and queries of one layer and merges the segments' states.
+
+Shapes: T queries, S keys of the arena, Hq query heads, Hkv KV heads, D head dimension.
+"""
+
+from collections.abc import Sequence
+from enum import StrEnum
+
+import torch
+
+from kernels import attention_cpu, attention_cuda, reference
+from kernels.merge import merge_states
+from kernels.segment import Segment
+
+
+class Backend(StrEnum):
+    """What evaluates a segment."""
+
+    ATEN_CPU = "aten_cpu"  # torch's flash attention for CPU
+    ATEN_CUDA = "aten_cuda"  # torch's FlashAttention-2 with sequence tables
+    REFERENCE = "reference"  # plain PyTorch, any device and dtype; slow
+
+
+def available_backends(device: torch.device, dtype: torch.dtype) -> tuple[Backend, ...]:
+    """The backends that can run on ``device`` in ``dtype``, best first."""
+    if device.type == "cpu" and dtype in attention_cpu.DTYPES:
+        return (Backend.ATEN_CPU, Backend.REFERENCE)
+    if device.type == "cuda" and dtype in attention_cuda.DTYPES:
+        return (Backend.ATEN_CUDA, Backend.REFERENCE)
+    return (Backend.REFERENCE,)
+
+
+def default_backend(device: torch.device, dtype: torch.dtype) -> Backend:
+    return available_backends(device, dtype)[0]
+
+
+class _ReferenceSegment:
+    """The reference, behind the interface of the planned segments."""
+
+    def __init__(self, segment: Segment):
+        self.segment = segment
+
+    def run(self, q_THD, k_SHD, v_SHD, scale):
+        out, lse = reference.segment_attention(q_THD.float(), k_SHD.float(), v_SHD.float(), self.segment, scale)
+        return out, lse
+
+
+class PlannedSegment:
+    """One segment, planned for a backend. Immutable: keep it as long as its rows and lengths hold."""
+
+    def __init__(self, segment: Segment, device: torch.device, dtype: torch.dtype, backend: Backend | None = None):
+        self.backend = backend or default_backend(device, dtype)
+        if self.backend not in available_backends(device, dtype):
+            raise ValueError(
+                f"attention backend {self.backend} cannot run {dtype} on {device.type}; "
+                f"accepted: {', '.join(available_backends(device, dtype))}"
+            )
+        self.num_queries = segment.num_queries
+        make = {
+            Backend.ATEN_CPU: attention_cpu.CpuSegment,
+            Backend.ATEN_CUDA: lambda s: attention_cuda.CudaSegment(s, device),
+            Backend.REFERENCE: _ReferenceSegment,
+        }
+        self._impl = make[self.backend](segment)
+
+    def run(
+        self, q_THD: torch.Tensor, k_SHD: torch.Tensor, v_SHD: torch.Tensor, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The segment's state: ``out (T, Hq, D)``, ``lse (T, Hq)`` float32, natural log."""
+        return self._impl.run(q_THD, k_SHD, v_SHD, scale)
+
+
+class AttentionPlan:
+    """The attention of one forward pass: the segments' states, merged. No segments: the queries pass through."""
+
+    def __init__(self, segments: Sequence[PlannedSegment]):
+        self.segments = tuple(segments)
+        assert len({s.num_queries for s in self.segments}) <= 1, "segments of one plan cover the same queries"
+
+    def run(self, q_THD: torch.Tensor, k_SHD: torch.Tensor, v_SHD: torch.Tensor, scale: float) -> torch.Tensor:
+        """``(T, Hq, D)`` in the queries' dtype."""
+        if not self.segments:
+            return q_THD
+        state = self.segments[0].run(q_THD, k_SHD, v_SHD, scale)
+        for segment in self.segments[1:]:
+            state = merge_states(*state, *segment.run(q_THD, k_SHD, v_SHD, scale))
+        return state[0].to(q_THD.dtype)

@@ -1,0 +1,160 @@
+"""Every backend against the float64 reference."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import AttentionPlan, Backend, Segment, available_backends, merge_states, reference
+from kernels.attention import PlannedSegment
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+# One rounding of the output in the dtype, and for half precision one of the probabilities before they meet V.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def make_segment(q_lens, k_lens, causal, rooms=None, shuffle=False) -> tuple[Segment, int]:
+    """Rows in an arena with a gap before each; returns the segment and the arena's size."""
+    k_lens = np.asarray(k_lens, dtype=np.int64)
+    rooms = k_lens if rooms is None else np.asarray(rooms, dtype=np.int64)
+    order = np.arange(len(k_lens))[::-1] if shuffle else np.arange(len(k_lens))
+    k_starts = np.zeros_like(k_lens)
+    position = 3
+    for row in order:
+        k_starts[row] = position
+        position += int(rooms[row])
+    q_offsets = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int64)
+    return Segment(q_offsets, k_starts, k_lens, causal, rooms), position + 2
+
+
+def make_inputs(segment, arena, Hq, Hkv, D, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(segment.num_queries, Hq, D, generator=generator).to(dtype)
+    k = torch.randn(arena, Hkv, D, generator=generator).to(dtype)
+    v = torch.randn(arena, Hkv, D, generator=generator).to(dtype)
+    return q, k, v
+
+
+def check(segment, arena, Hq, Hkv, D, dtype, device="cpu", backend=None):
+    q, k, v = make_inputs(segment, arena, Hq, Hkv, D, dtype)
+    scale = D**-0.5
+    expected_out, expected_lse = reference.segment_attention(q.double(), k.double(), v.double(), segment, scale)
+    planned = PlannedSegment(segment, torch.device(device), dtype, backend)
+    out, lse = planned.run(q.to(device), k.to(device), v.to(device), scale)
+    assert out.shape == q.shape and lse.shape == q.shape[:2] and lse.dtype == torch.float32
+    torch.testing.assert_close(out.double().cpu(), expected_out, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    torch.testing.assert_close(lse.double().cpu(), expected_lse, atol=max(TOLERANCE[dtype] / 4, 5e-6), rtol=1e-5)
+
+
+CASES = {
+    "one shared prefix": ([12], [37], False),
+    "equal decode rows": ([1] * 6, [9] * 6, False),
+    "ragged decode rows": ([1] * 6, [9, 3, 12, 1, 7, 7], False),
+    "empty rows": ([1, 1, 2, 0, 1], [0, 5, 0, 4, 3], False),
+    "all empty": ([2, 1], [0, 0], False),
+    "uneven groups": ([3, 1, 7], [5, 11, 2], False),
+    "causal prefill": ([7, 7, 7], [7, 7, 7], True),
+    "causal ragged": ([3, 9, 1], [3, 9, 1], True),
+    "causal after a history": ([3, 4, 1], [10, 4, 6], True),
+    "causal, more queries than keys": ([5, 2], [3, 2], True),
+    "causal, one query each": ([1, 1, 1], [4, 4, 4], True),
+    "causal with empty rows": ([2, 0, 3], [0, 3, 8], True),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_matches_reference(case, dtype, device):
+    segment, arena = make_segment(*CASES[case])
+    check(segment, arena, 6, 2, 64, dtype, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("heads", [(1, 1), (4, 4), (8, 1), (12, 4), (5, 5)], ids=str)
+@pytest.mark.parametrize("head_dim", [16, 32, 80, 96, 128, 256])
+def test_head_shapes(heads, head_dim, device):
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    segment, arena = make_segment([2, 1, 3], [6, 0, 9], False)
+    check(segment, arena, *heads, head_dim, dtype, device)
+    segment, arena = make_segment([2, 1, 3], [6, 1, 9], True)
+    check(segment, arena, *heads, head_dim, dtype, device)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9), st.integers(0, 3)), min_size=1, max_size=8),
+    causal=st.booleans(),
+    shuffle=st.booleans(),
+    uniform_room=st.booleans(),
+)
+def test_any_rows(rows, causal, shuffle, uniform_room):
+    q_lens, k_lens, extra = zip(*rows, strict=True)
+    rooms = [max(k_lens) + 2] * len(rows) if uniform_room else [k + e for k, e in zip(k_lens, extra, strict=True)]
+    segment, arena = make_segment(q_lens, k_lens, causal, rooms, shuffle)
+    check(segment, arena, 4, 2, 16, torch.float32)
+
+
+def test_reference_backend_is_selectable():
+    segment, arena = make_segment([2, 3], [4, 4], True)
+    check(segment, arena, 4, 2, 16, torch.float32, backend=Backend.REFERENCE)
+
+
+def test_unavailable_backend_is_refused():
+    segment, _ = make_segment([1], [1], False)
+    with pytest.raises(ValueError, match=r"aten_cuda cannot run .* accepted: aten_cpu, reference"):
+        PlannedSegment(segment, torch.device("cpu"), torch.float32, Backend.ATEN_CUDA)
+    assert available_backends(torch.device("cpu"), torch.float32)[0] == Backend.ATEN_CPU
+
+
+def test_equal_rows_make_one_call_and_ragged_rows_few():
+    segment, _ = make_segment([1] * 64, [9] * 64, False, rooms=[16] * 64)
+    assert len(PlannedSegment(segment, torch.device("cpu"), torch.float32)._impl.calls) == 1
+    segment, _ = make_segment([1] * 64, list(range(1, 65)), False, rooms=[64] * 64)
+    assert len(PlannedSegment(segment, torch.device("cpu"), torch.float32)._impl.calls) <= 2
+
+
+def test_keys_past_the_room_are_never_read():
+    """NaN in every key that no row names, and in the rooms of rows without keys, leaves the result unchanged."""
+    segment, arena = make_segment([1, 1, 1, 2], [4, 9, 2, 0], False, rooms=None)
+    q, k, v = make_inputs(segment, arena, 4, 2, 16, torch.float32)
+    named = torch.zeros(arena, dtype=torch.bool)
+    for start, length in zip(segment.k_starts, segment.k_lens, strict=True):
+        named[start : start + length] = True
+    plan = AttentionPlan([PlannedSegment(segment, torch.device("cpu"), torch.float32)])
+    expected = plan.run(q, k, v, 0.25)
+    k[~named], v[~named] = float("nan"), float("nan")
+    torch.testing.assert_close(plan.run(q, k, v, 0.25), expected, rtol=0, atol=0)
+    assert torch.isfinite(expected).all() and named.sum() == 15
+
+
+def test_splitting_the_keys_changes_nothing():
+    """Attention over a set of keys is the merge of attention over its parts, whatever the order."""
+    whole, arena = make_segment([1, 1, 1], [20, 20, 20], False)
+    q, k, v = make_inputs(whole, arena, 4, 2, 32, torch.float32)
+    parts = [
+        Segment(whole.q_offsets, whole.k_starts + first, np.full(3, last - first), False)
+        for first, last in ((0, 0), (0, 7), (7, 8), (8, 20))
+    ]
+    planned = [PlannedSegment(p, torch.device("cpu"), torch.float32) for p in parts]
+    expected, _ = reference.segment_attention(q.double(), k.double(), v.double(), whole, 0.2)
+    for order in (planned, planned[::-1]):
+        out = AttentionPlan(order).run(q, k, v, 0.2)
+        torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=2e-6)
+
+
+def test_merge():
+    generator = torch.Generator().manual_seed(0)
+    out_a, out_b = torch.randn(2, 5, 3, 8, generator=generator, dtype=torch.float64).unbind()
+    lse_a, lse_b = (torch.randn(2, 5, 3, generator=generator, dtype=torch.float64) * 20).unbind()
+    for lse, out in ((lse_a, out_a), (lse_b, out_b)):
+        lse[1], out[1] = float("-inf"), 0.0  # both empty
+    lse_a[2], out_a[2] = float("-inf"), 0.0
+    lse_b[3], out_b[3] = float("-inf"), 0.0
+    expected_out, expected_lse = reference.merge(out_a, lse_a, out_b, lse_b)
+    for a, b in (((out_a, lse_a), (out_b, lse_b)), ((out_b, lse_b), (out_a, lse_a))):
+        out, lse = merge_states(*(x.float() for x in (*a, *b)))
+        torch.testing.assert_close(out.double(), expected_out, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-6)
+    assert (out[1] == 0).all() and (lse[1] == float("-inf")).all()
