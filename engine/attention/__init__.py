@@ -1,0 +1,18 @@
+"""The registry of attention methods. A new method is one file and one line here."""
+
+from engine.attention.hydragen import Hydragen
+from engine.attention.method import AttentionMethod, Placement, Runs
+from engine.attention.noattention import NoAttention
+from engine.attention.noshared import HydragenNoShared
+from engine.errors import InputError
+
+METHODS: dict[str, AttentionMethod] = {method.name: method for method in (Hydragen(), HydragenNoShared(), NoAttention())}
+
+
+def get_method(name: str) -> AttentionMethod:
+    if name not in METHODS:
+        raise InputError(f"attention method {name!r} is not known; accepted: {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+__all__ = ["METHODS", "AttentionMethod", "Placement", "Runs", "get_method"]

@@ -1,0 +1,45 @@
+"""Hydragen (arXiv:2402.05099), for any prefix tree: a node's keys are stored once and read once for all queries below.
+
+Attention over a sequence is split into attention over each node on its path and over its own suffix. The queries of
+all sequences below a node form one block against that node's keys, which turns matrix-vector work into matrix-matrix
+work; the partial results merge exactly.
+"""
+
+import numpy as np
+
+from engine.attention.method import AttentionMethod, Placement, Runs, uniform_rooms
+from kernels import Segment
+
+
+class Hydragen(AttentionMethod):
+    name = "hydragen"
+    own_node_ranges = True
+
+    def ranges(self, tree, rooms, resident):
+        nodes = [len(node.tokens) for node in tree.nodes if node.index not in resident]
+        return [*nodes, int(uniform_rooms(rooms).sum())]
+
+    def place(self, tree, rooms, resident, starts):
+        remaining = iter(starts)
+        node_starts = [resident[n.index] if n.index in resident else next(remaining) for n in tree.nodes]
+        rooms = uniform_rooms(rooms)
+        suffix_starts = next(remaining) + np.cumsum(rooms) - rooms
+        return Placement(np.array(node_starts, dtype=np.int64), suffix_starts, rooms)
+
+    def shared_segments(self, tree, placement, runs):
+        node_lens = np.array([len(node.tokens) for node in tree.nodes], dtype=np.int64)
+        q_offsets = runs.q_offsets
+        segments = []
+        for node_of_run in runs.paths:
+            if (node_of_run < 0).all():
+                continue
+            # Runs below one node are neighbours: each stretch of equal entries is one block of queries.
+            first = np.flatnonzero(np.diff(node_of_run, prepend=node_of_run[0] - 1))
+            nodes = node_of_run[first]
+            starts = np.where(nodes >= 0, placement.node_starts[nodes], 0)
+            lens = np.where(nodes >= 0, node_lens[nodes], 0)
+            segments.append(Segment(np.append(q_offsets[first], q_offsets[-1]), starts, lens))
+        return segments
+
+    def own_segments(self, runs: Runs) -> list[Segment]:
+        return [Segment(runs.q_offsets, runs.own_starts, runs.own_lens, causal=True, k_rooms=runs.own_rooms)]

@@ -1,0 +1,83 @@
+"""What a measurement ran on: enough to tell whether two results can be compared."""
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+# Distributions whose version can change a result, the peers that a sweep runs beside the engine included.
+_DISTRIBUTIONS = ("torch", "triton", "numpy", "transformers", "vllm", "flash-attn", "tributary")
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+def describe_environment(device: torch.device, dtype: torch.dtype, world_size: int) -> dict[str, object]:
+    """Plain data (text, numbers, booleans, None) about the machine, the libraries and the process.
+
+    ``device_name`` is the GPU's or the CPU's model. ``cpu_bf16`` says whether the CPU multiplies bfloat16 natively:
+    without that, bfloat16 on it is emulated and its times say little (None: unknown). ``versions`` has the installed
+    libraries only. Nothing that identifies the machine or its user is included.
+    """
+    cpu_name, cpu_bf16 = _read_cpuinfo()
+    environment: dict[str, object] = {
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "world_size": world_size,
+        "num_threads": torch.get_num_threads(),
+        "num_cpus": os.cpu_count(),
+        "cpu_name": cpu_name,
+        "cpu_bf16": cpu_bf16,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "versions": _installed_versions(),
+        "git_revision": _git_revision(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        environment["device_memory_bytes"] = properties.total_memory
+        environment["compute_capability"] = f"{properties.major}.{properties.minor}"
+    return environment
+
+
+def _read_cpuinfo(path: Path = _CPUINFO) -> tuple[str, bool | None]:
+    """``(model name, multiplies bfloat16 natively)``, read from the first processor of Linux's ``/proc/cpuinfo``."""
+    fields: dict[str, str] = {}
+    if path.exists():
+        for line in path.read_text(errors="replace").splitlines():
+            key, colon, value = line.partition(":")
+            if colon:
+                fields.setdefault(key.strip().lower(), value.strip())
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    flags = fields.get("flags") or fields.get("features")  # x86 and Arm spell it differently
+    if flags is None:
+        return name, None
+    return name, not {"amx_bf16", "avx512_bf16", "bf16"}.isdisjoint(flags.split())
+
+
+def _installed_versions() -> dict[str, str]:
+    # From package metadata: importing vLLM or transformers to ask would take seconds.
+    versions = {}
+    for name in _DISTRIBUTIONS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    versions["torch"] = str(torch.__version__)  # with its build, such as "+cpu", which metadata may lack
+    return versions
+
+
+def _git_revision() -> str | None:
+    """The commit of the engine's own checkout, with ``-dirty`` when it has changes; None when it is not a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():  # an installed copy: git would answer for whatever repository surrounds it
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):  # no git, or a file system too slow to ask
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

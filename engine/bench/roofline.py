@@ -1,0 +1,162 @@
+"""The least time a decode step can take on this machine: its measured ceilings against the work that a step must do.
+
+The model is that of Williams, Waterman and Patterson (2009): a step is bound by the bytes it must move or by the
+arithmetic it must do, whichever takes longer alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from engine.bench.timing import Timer
+from engine.sharding import local_kv_heads
+
+METHODS = ("hydragen", "hydragen_noshared", "noattention")
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What one rank of this machine does at most, as measured.
+
+    ``rows_tflops`` is the rate of ``(rows, K) x (K, N)``, the shape of a decode step's linear layers. On a CPU it can
+    be well below ``matmul_tflops``, the rate of large square products.
+    """
+
+    read_gbs: float  # 10^9 bytes/s
+    matmul_tflops: float
+    rows_tflops: float
+    rows: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The work of one decode step on one rank."""
+
+    bytes: int  # read from memory
+    linear_flops: int  # of the linear layers and the output head: products of ``batch`` rows
+    attention_flops: int
+
+    @property
+    def flops(self) -> int:
+        return self.linear_flops + self.attention_flops
+
+
+def decode_step_cost(
+    method: str,
+    *,
+    batch: int,
+    shared_len: int,
+    unique_len: float,
+    num_layers: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    vocab_size: int,
+    world_size: int,
+    bytes_per_element: int,
+) -> Cost:
+    """The work of one decode step of a Llama-family model with a gated MLP, for one of ``world_size`` ranks.
+
+    Each of ``batch`` sequences attends to ``shared_len`` keys that all of them share and to ``unique_len`` keys of its
+    own (the mean over the steps that were timed, so it may be fractional). Head counts and sizes are the whole model's.
+
+    - Weights are read once a step, whatever the batch; each multiplies every row: ``2 * batch`` FLOPs a weight.
+    - Keys and values: ``hydragen`` reads the shared ones once for the whole batch; ``hydragen_noshared`` reads each
+      sequence's own copy of its whole history; ``noattention`` reads none.
+    - Attention is two products per query head and key, ``4 * head_dim`` FLOPs, however the keys were read.
+
+    Left out, as small beside these: activations, the cache's new rows, norms, embedding rows, and communication.
+    Raises ValueError for a method that is not one of METHODS.
+    """
+    if method not in METHODS:
+        raise ValueError(f"no cost model for method {method!r}; known: {', '.join(METHODS)}")
+    local_heads = num_heads // world_size
+    kv_heads = local_kv_heads(num_kv_heads, 0, world_size)[1]
+    attention_weights = hidden_size * head_dim * (2 * local_heads + 2 * kv_heads)  # q, o and k, v
+    mlp_weights = 3 * hidden_size * (intermediate_size // world_size)  # gate, up, down
+    head_weights = hidden_size * -(-vocab_size // world_size)
+    weights = num_layers * (attention_weights + mlp_weights) + head_weights
+
+    keys_read = {
+        "hydragen": shared_len + batch * unique_len,
+        "hydragen_noshared": batch * (shared_len + unique_len),
+        "noattention": 0,
+    }[method]
+    keys_attended = 0 if method == "noattention" else batch * (shared_len + unique_len)
+    return Cost(
+        bytes=round(bytes_per_element * (weights + num_layers * 2 * kv_heads * head_dim * keys_read)),
+        linear_flops=2 * batch * weights,
+        attention_flops=round(num_layers * 4 * local_heads * head_dim * keys_attended),
+    )
+
+
+def predict_ms(cost: Cost, ceilings: Ceilings) -> float:
+    """The least time, in ms, of a step of this cost: of moving its bytes or of its arithmetic, whichever is longer.
+
+    Linear layers are held to the rate measured at their number of rows, attention to that of large products: many
+    queries meet many keys in a shared prefix; over a sequence's own keys the bytes decide anyway.
+    """
+    move_ms = cost.bytes / (ceilings.read_gbs * 1e6)
+    linear_ms = cost.linear_flops / (ceilings.rows_tflops * 1e9)
+    attention_ms = cost.attention_flops / (ceilings.matmul_tflops * 1e9)
+    return max(move_ms, linear_ms + attention_ms)
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype, rows: int = 64, seconds: float = 1.0) -> Ceilings:
+    """Measures this rank's ceilings in about ``seconds``; ``rows`` is the batch of the decode step they are meant for.
+
+    Every rank should measure at the same time: ranks on one machine share its memory.
+    """
+    budget_s = seconds / 3
+    return Ceilings(
+        read_gbs=_read_gbs(device, budget_s),
+        matmul_tflops=_matmul_tflops(None, device, dtype, budget_s),
+        rows_tflops=_matmul_tflops(rows, device, dtype, budget_s),
+        rows=rows,
+    )
+
+
+def _read_gbs(device: torch.device, budget_s: float) -> float:
+    """The rate of a reduction over a buffer several times the size of any cache."""
+    num_bytes = 1 << (30 if device.type == "cuda" else 28)
+    # A dot product writes nothing, and of the reductions tried on CPU it came nearest to the memory's rate.
+    left, right = torch.ones(2, num_bytes // 8, dtype=torch.float32, device=device)
+    return num_bytes / (_best_ms(lambda: torch.dot(left, right), device, budget_s) * 1e6)
+
+
+def _matmul_tflops(rows: int | None, device: torch.device, dtype: torch.dtype, budget_s: float) -> float:
+    """The best rate of ``(rows, n) x (n, n)`` over growing n; of square products when ``rows`` is None.
+
+    Sizes start small and stop growing once a call outlasts the budget: without bfloat16 instructions a product in
+    bfloat16 can be hundreds of times slower than in float32, and at the full size it would take a minute.
+    """
+    best, n, largest = 0.0, 128, 8192 if device.type == "cuda" else 2048
+    while n <= largest:
+        x = torch.randn(rows or n, n, device=device).to(dtype)
+        weight = torch.randn(n, n, device=device).to(dtype)
+        best_ms = _best_ms(lambda x=x, weight=weight: x @ weight.T, device, budget_s / 5)
+        best = max(best, 2 * x.shape[0] * n * n / (best_ms * 1e9))
+        growth = 4 if rows else 8
+        if best_ms * growth > budget_s * 1e3:
+            break
+        n *= 2
+    return best
+
+
+def _best_ms(fn: Callable[[], Any], device: torch.device, budget_s: float) -> float:
+    """The shortest time of one call, out of as many as ``budget_s`` allows after a first that is not counted."""
+    calls = 20 if device.type == "cuda" else 1  # launched together, so that the time is the device's, not the launch's
+    with Timer(device) as timer:
+        fn()
+    spent_ms, best = timer.ms, float("inf")
+    while best == float("inf") or spent_ms < budget_s * 1e3:
+        with Timer(device) as timer:
+            for _ in range(calls):
+                fn()
+        spent_ms += timer.ms
+        best = min(best, timer.ms / calls)
+    return best

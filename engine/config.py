@@ -1,0 +1,420 @@
+"""What a Hugging Face ``config.json`` says about a model, checked and in the engine's own words.
+
+Every field of the supported families that changes a result is either represented here or refused by name.
+Both spellings are read: transformers 4 (``rope_theta``, ``rope_scaling``, ``torch_dtype``) and 5 (``rope_parameters``,
+``dtype``). A field that is left out means what it means to transformers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+
+from engine.errors import InputError
+from engine.json_fields import Fields, agreed, refused
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+RopeType = Literal["default", "linear", "llama3", "yarn"]
+
+# The fields, besides theta, that each RoPE type reads.
+_ROPE_FIELDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding. A field that ``type`` does not read keeps its default.
+
+    ``original_max_position_embeddings`` of None stands for the model's ``max_position_embeddings``; a yarn ``factor``
+    of None for the ratio of the two. Raises InputError for an unknown type or numbers that make no embedding.
+    """
+
+    type: RopeType = "default"
+    theta: float = 10000.0
+    factor: float | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        if self.type not in _ROPE_FIELDS:
+            raise refused("rope_type", self.type, ", ".join(_ROPE_FIELDS), "use a model with one of these")
+        if not self.theta > 1:
+            raise refused("rope_theta", self.theta, "a number above 1")
+        if self.factor is None and self.type in ("linear", "llama3"):
+            raise refused("factor", None, f"a positive number for rope type {self.type}")
+        for name in ("factor", "attention_factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise refused(name, value, "a positive number")
+        if self.type == "llama3":
+            low, high = self.low_freq_factor, self.high_freq_factor
+            if low is None or high is None or not 0 < low < high:
+                raise refused("low_freq_factor, high_freq_factor", (low, high), "two numbers, 0 < first < second")
+        if self.beta_fast < self.beta_slow:
+            raise refused("beta_fast, beta_slow", (self.beta_fast, self.beta_slow), "beta_fast >= beta_slow")
+
+
+@dataclass(frozen=True)
+class _Family:
+    """How one transformers class reads its config.
+
+    A bias is True, False or the name of the config field that says so.
+    """
+
+    model_type: str
+    defaults: Mapping[str, Any]  # what a field means that is left out
+    qkv_bias: bool | str = False
+    o_bias: bool | str = False
+    mlp_bias: bool | str = False
+    qk_norm: bool = False
+    window_switch: bool = False  # a sliding window is off unless use_sliding_window is true
+    extra: Mapping[str, Any] = field(default_factory=dict)  # what to_hf adds
+
+
+# A new family that differs in these ways only is one entry.
+_FAMILIES: dict[str, _Family] = {
+    "LlamaForCausalLM": _Family(
+        model_type="llama",
+        defaults={"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        mlp_bias="mlp_bias",
+    ),
+    "MistralForCausalLM": _Family(
+        model_type="mistral",
+        defaults={
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "sliding_window": 4096,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        extra={"sliding_window": None},
+    ),
+    "Qwen2ForCausalLM": _Family(
+        model_type="qwen2",
+        defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},
+        qkv_bias=True,
+        window_switch=True,
+        extra={"use_sliding_window": False},
+    ),
+    "Qwen3ForCausalLM": _Family(
+        model_type="qwen3",
+        defaults={
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+            "sliding_window": 4096,
+        },
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        qk_norm=True,
+        window_switch=True,
+        extra={"use_sliding_window": False},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer of the Llama family. Sizes are of the whole model, not of one rank.
+
+    Raises InputError when the numbers do not make a model, or the architecture is unknown.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope: RopeConfig
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm of each query and key head before RoPE (Qwen3)
+    dtype: torch.dtype = torch.float32
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+        _check_biases(self, _family(self.architecture))
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all weights; tied embeddings count once."""
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        attention = 2 * self.hidden_size * (q_size + kv_size)
+        attention += self.qkv_bias * (q_size + 2 * kv_size) + self.o_bias * self.hidden_size
+        attention += self.qk_norm * 2 * self.head_dim
+        mlp = 3 * self.hidden_size * self.intermediate_size
+        mlp += self.mlp_bias * (2 * self.intermediate_size + self.hidden_size)
+        norms = 2 * self.hidden_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return embeddings + self.num_layers * (attention + mlp + norms) + self.hidden_size
+
+    @classmethod
+    def from_hf(cls, raw: Mapping[str, Any]) -> "ModelConfig":
+        """Reads the contents of a ``config.json``. Raises InputError, naming the field, for what cannot be run."""
+        architecture = _architecture(raw)
+        family = _family(architecture)
+        fields = Fields(raw, family.defaults)
+        num_layers = fields.integer("num_hidden_layers")
+        num_heads = fields.integer("num_attention_heads")
+        num_kv_heads = fields.integer("num_key_value_heads", None)
+        hidden_size = fields.integer("hidden_size")
+        max_positions = fields.integer("max_position_embeddings")
+        _refuse_unhandled(fields, family, architecture)
+        _refuse_window(fields, family, num_layers, max_positions)
+        return cls(
+            architecture=architecture,
+            vocab_size=fields.integer("vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=fields.integer("intermediate_size"),
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
+            head_dim=_head_dim(fields, hidden_size, num_heads),
+            rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+            max_position_embeddings=max_positions,
+            rope=_rope_from_hf(fields),
+            tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
+            qkv_bias=_bias(fields, family.qkv_bias),
+            o_bias=_bias(fields, family.o_bias),
+            mlp_bias=_bias(fields, family.mlp_bias),
+            qk_norm=family.qk_norm,
+            dtype=_dtype_from_hf(fields),
+            bos_token_id=fields.integer("bos_token_id", None),
+            eos_token_ids=fields.token_ids("eos_token_id"),
+        )
+
+    def with_generation_config(self, raw: Mapping[str, Any]) -> "ModelConfig":
+        """The config with the end-of-sequence ids of a ``generation_config.json``, where it names any."""
+        eos_token_ids = Fields(raw).token_ids("eos_token_id")
+        return replace(self, eos_token_ids=eos_token_ids) if eos_token_ids else self
+
+    def to_hf(self) -> dict[str, Any]:
+        """A ``config.json`` in the spelling of transformers 4, which 5 reads too."""
+        family = _family(self.architecture)
+        biases = ((family.qkv_bias, self.qkv_bias), (family.o_bias, self.o_bias), (family.mlp_bias, self.mlp_bias))
+        eos = list(self.eos_token_ids)
+        return {
+            "architectures": [self.architecture],
+            "model_type": family.model_type,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": self.rms_norm_eps,
+            "max_position_embeddings": self.max_position_embeddings,
+            "rope_theta": self.rope.theta,
+            "rope_scaling": _rope_to_hf(self.rope),
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "torch_dtype": str(self.dtype).removeprefix("torch."),
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+            **{name: value for name, value in biases if isinstance(name, str)},
+            **family.extra,
+        }
+
+
+def _check_numbers(config: ModelConfig) -> None:
+    sizes = (
+        "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim max_position_embeddings"
+    )
+    for name in sizes.split():
+        if getattr(config, name) < 1:
+            raise refused(name, getattr(config, name), "an integer of at least 1")
+    if config.num_heads % config.num_kv_heads:
+        raise refused(
+            "num_key_value_heads", config.num_kv_heads, f"a divisor of num_attention_heads ({config.num_heads})"
+        )
+    if config.head_dim % 2:
+        raise refused("head_dim", config.head_dim, "an even number, as RoPE rotates pairs")
+    if not config.rms_norm_eps > 0:
+        raise refused("rms_norm_eps", config.rms_norm_eps, "a positive number")
+    if config.dtype not in _DTYPES.values():
+        raise refused("dtype", config.dtype, ", ".join(_DTYPES))
+    for name, ids in (("bos_token_id", (config.bos_token_id,)), ("eos_token_id", config.eos_token_ids)):
+        for token_id in ids:
+            if token_id is not None and not 0 <= token_id < config.vocab_size:
+                raise refused(name, token_id, f"an id of the vocabulary, 0 to {config.vocab_size - 1}")
+
+
+def _check_biases(config: ModelConfig, family: _Family) -> None:
+    """Only what ``to_hf`` can say and transformers would run."""
+    for name in ("qkv_bias", "o_bias", "mlp_bias", "qk_norm"):
+        allowed = getattr(family, name)
+        if isinstance(allowed, bool) and getattr(config, name) != allowed:
+            raise refused(name, getattr(config, name), f"{allowed} for {config.architecture}")
+    if isinstance(family.o_bias, str) and config.qkv_bias != config.o_bias:
+        raise refused("qkv_bias, o_bias", (config.qkv_bias, config.o_bias), f"equal for {config.architecture}")
+
+
+def _family(architecture: str) -> _Family:
+    if architecture not in _FAMILIES:
+        raise InputError(
+            f"architecture {architecture!r} is not supported; accepted: {', '.join(_FAMILIES)}; use such a model"
+        )
+    return _FAMILIES[architecture]
+
+
+def _architecture(raw: Mapping[str, Any]) -> str:
+    """The first of ``architectures``, or, that absent, the one that ``model_type`` implies."""
+    by_type = {family.model_type: name for name, family in _FAMILIES.items()}
+    names, model_type = raw.get("architectures"), raw.get("model_type")
+    if not names:
+        if model_type not in by_type:
+            raise refused("model_type", model_type, ", ".join(by_type), "there is no field architectures; add it")
+        return by_type[model_type]
+    if not isinstance(names, list | tuple) or not isinstance(names[0], str):
+        raise refused("architectures", names, f"a list of one of {', '.join(_FAMILIES)}")
+    family = _family(names[0])
+    # transformers goes by model_type. Where the two disagree, one of the readings must be wrong.
+    if model_type is not None and model_type != family.model_type:
+        raise refused("model_type", model_type, f"{family.model_type} for {names[0]}")
+    return names[0]
+
+
+def _head_dim(fields: Fields, hidden_size: int, num_heads: int) -> int:
+    head_dim = fields.integer("head_dim", None)
+    if head_dim is not None:
+        return head_dim
+    if num_heads < 1:
+        raise refused("num_attention_heads", num_heads, "an integer of at least 1")
+    if hidden_size % num_heads:
+        raise refused("hidden_size", hidden_size, f"a multiple of num_attention_heads ({num_heads}), or a head_dim")
+    return hidden_size // num_heads
+
+
+def _bias(fields: Fields, bias: bool | str) -> bool:
+    return bias if isinstance(bias, bool) else fields.boolean(bias, False)
+
+
+def _dtype_from_hf(fields: Fields) -> torch.dtype:
+    name = fields.either("dtype", "torch_dtype")
+    if name is None:
+        return torch.float32
+    dtype = _DTYPES.get(str(name).removeprefix("torch."))
+    if dtype is None:
+        raise refused("dtype", name, ", ".join(_DTYPES))
+    return dtype
+
+
+def _refuse_unhandled(fields: Fields, family: _Family, architecture: str) -> None:
+    """Refuses, by name, the fields that change the result and that the engine does not implement."""
+    harmless: dict[str, tuple[Any, ...]] = {
+        "hidden_act": ("silu", "swish"),
+        "is_causal": (True,),
+        "partial_rotary_factor": (None, 1),
+        "quantization_config": (None,),
+        "compression_config": (None,),
+        "per_layer_config": (None, {}),
+    }
+    for name, values in harmless.items():
+        given = fields.values.get(name, values[0])
+        if given not in values:
+            accepted = " or ".join("null" if value is None else repr(value) for value in values)
+            raise refused(name, given, accepted, "what it asks for is not implemented; use another model")
+    for name, bias in (("attention_bias", family.qkv_bias), ("mlp_bias", family.mlp_bias)):
+        if bias is False and fields.values.get(name):
+            raise refused(name, fields.values[name], f"false for {architecture}, which has no such bias")
+
+
+def _refuse_window(fields: Fields, family: _Family, num_layers: int, max_positions: int) -> None:
+    """Refuses a sliding window that some position would feel."""
+    layer_types = fields.values.get("layer_types")
+    if layer_types is not None:
+        if not isinstance(layer_types, list | tuple) or any(kind != "full_attention" for kind in layer_types):
+            raise refused("layer_types", layer_types, "a list of full_attention only", "use another model")
+    if family.window_switch:
+        switched_on = fields.boolean("use_sliding_window", False)
+        in_some_layer = fields.integer("max_window_layers", 28) < num_layers and layer_types is None
+        if not (switched_on and in_some_layer):
+            return
+    window = fields.integer("sliding_window", None)
+    if window is not None and window < max_positions:
+        raise refused(
+            "sliding_window",
+            window,
+            f"null, or at least max_position_embeddings ({max_positions})",
+            "sliding windows are not implemented; use another model",
+        )
+
+
+def _rope_from_hf(fields: Fields) -> RopeConfig:
+    raw = fields.either("rope_parameters", "rope_scaling")
+    raw = {} if raw is None else raw
+    if not isinstance(raw, Mapping):
+        raise refused("rope_scaling", raw, "a JSON object or null")
+    rope_type = Fields(raw).either("rope_type", "type") or "default"
+    if rope_type not in _ROPE_FIELDS:
+        raise refused("rope_type", rope_type, ", ".join(_ROPE_FIELDS), "use a model with one of these")
+    read = _ROPE_FIELDS[rope_type]
+    # "finetuned" tells how published models were made; no implementation reads it.
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned", *read}
+    for name, value in raw.items():
+        if name not in known and value is not None:
+            raise refused(name, value, f"only {', '.join(read) or 'rope_theta'} for rope type {rope_type}")
+    if raw.get("partial_rotary_factor") not in (None, 1):
+        raise refused("partial_rotary_factor", raw["partial_rotary_factor"], "1", "use another model")
+    if "factor" in read and "factor" not in raw:
+        raise refused("factor", None, f"a positive number for rope type {rope_type}")
+
+    # transformers takes these two from the top level as well.
+    both = {
+        name: agreed(f"rope_scaling.{name}", raw.get(name), name, fields.values.get(name))
+        for name in ("rope_theta", "original_max_position_embeddings")
+    }
+    rope = Fields({**raw, **{name: value for name, value in both.items() if value is not None}})
+    values: dict[str, Any] = {"theta": rope.number("rope_theta", None)}
+    for name in read:
+        if name == "truncate":
+            values[name] = rope.boolean(name, True)
+        elif name == "original_max_position_embeddings":
+            values[name] = rope.integer(name, None)
+        else:
+            values[name] = rope.number(name, None)
+    return RopeConfig(type=rope_type, **{name: value for name, value in values.items() if value is not None})
+
+
+def _rope_to_hf(rope: RopeConfig) -> dict[str, Any] | None:
+    if rope.type == "default":
+        return None
+    values = {name: getattr(rope, name) for name in _ROPE_FIELDS[rope.type]}
+    # A factor of null is how a config says "the ratio of the lengths"; the other fields are simply left out.
+    return {"rope_type": rope.type} | {
+        name: value for name, value in values.items() if value is not None or name == "factor"
+    }

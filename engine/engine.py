@@ -1,0 +1,333 @@
+"""Token ids in, token ids out: one call of generation, with shared levels that may outlive it, in as many waves as needed.
+
+Shapes: n prompts, B sequences of a wave, V vocabulary.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from engine.arena import Arena
+from engine.attention import AttentionMethod, get_method
+from engine.decoding import Generated, Request, decode, full_logits
+from engine.errors import InputError
+from engine.executor import Executor, ResidentNode
+from engine.model import Transformer
+from engine.prefix_tree import PrefixTree, build_from_levels, build_from_prompts, repeat, root_only
+from engine.sampling import SamplingParams, prompt_hash, row_key
+from engine.shared_levels import SharedLevels, even_parents
+from engine.waves import restrict, waves
+
+SHARED_CACHE_OPS = ("wipe", "preserve", "extend")
+
+# Called after every step with (new tokens, sequences that ended).
+OnTokens = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Prompts laid out by hand: ``levels[0]`` are the roots, the last level's entries are the sequences.
+
+    ``parents[l - 1][j]`` is the entry of level ``l - 1`` that entry ``j`` of level ``l`` continues; without ``parents``
+    each level divides evenly into consecutive blocks.
+    """
+
+    levels: Sequence[Sequence[Sequence[int]]]
+    parents: Sequence[Sequence[int]] | None = None
+
+    def all_parents(self) -> list[list[int]]:
+        """``parents``, spelled out."""
+        if self.parents is not None:
+            return [list(p) for p in self.parents]
+        return [even_parents(len(above), len(below)) for above, below in zip(self.levels, self.levels[1:])]
+
+
+@dataclass(frozen=True)
+class _Wave:
+    """A stretch of a tree's sequences, and the room that it asks for."""
+
+    tree: PrefixTree
+    whole_index: list[int]  # each node's index in the whole tree
+    rooms: np.ndarray  # (B,) int64, for each sequence's suffix and new tokens
+    resident: dict[int, ResidentNode]
+    ranges: list[int]
+
+    @classmethod
+    def of(
+        cls,
+        tree: PrefixTree,
+        stretch: tuple[int, int],
+        rooms: np.ndarray,
+        in_arena: Mapping[int, ResidentNode],
+        method: AttentionMethod,
+    ) -> "_Wave":
+        part, whole_index = restrict(tree, *stretch)
+        resident = {i: in_arena[whole] for i, whole in enumerate(whole_index) if whole in in_arena}
+        rooms = rooms[slice(*stretch)]
+        return cls(part, whole_index, rooms, resident, method.ranges(part, rooms, _slots(resident)))
+
+
+class Engine:
+    """Generation with one loaded model. SPMD: every rank makes the same calls and gets the same results.
+
+    The arena is sized by the work, up to the memory that is there; ``setup_caches`` sizes it ahead instead. More work
+    than fits, or than ``max_batch_size`` sequences, runs in waves.
+    """
+
+    def __init__(self, model: Transformer, *, eos_token_ids: Sequence[int] = (), max_batch_size: int = 1024):
+        if max_batch_size < 1:
+            raise InputError(f"max_batch_size is {max_batch_size}; accepted: 1 sequence or more; raise it")
+        self.model = model
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.max_batch_size = max_batch_size
+        self.arena = Arena(model)
+        self._shared = SharedLevels(model, self.arena)
+
+    # ---- caches and kept levels ----
+
+    def setup_caches(self, num_tokens: int) -> None:
+        """Takes a KV cache for ``num_tokens`` tokens ahead, which then keeps its size. Kept levels are dropped."""
+        self.empty_shared()
+        self.arena.set_up(num_tokens)
+
+    def release_caches(self) -> None:
+        """Gives the KV cache back; from now on it is sized by the work. Kept levels are dropped."""
+        self.empty_shared()
+        self.arena.release()
+
+    @property
+    def num_shared_levels(self) -> int:
+        return len(self._shared.levels)
+
+    def append_shared(
+        self, prompts: Sequence[Sequence[int]], parents: Sequence[int] | None = None, *, attention: str = "hydragen"
+    ) -> torch.Tensor:
+        """Computes one more level below the kept ones, and keeps it.
+
+        Entry ``j`` continues entry ``parents[j]`` of the last level, or the level divides evenly into blocks. Returns
+        the logits after each entry's last token, ``(n, V)`` float32.
+        """
+        method = get_method(attention)
+        self._shared.check(method)
+        tree = self._shared.tree_of_next(prompts, parents)
+        self._check(tree, [0] * tree.num_sequences)
+        hidden = self._shared.append(tree, prompts, parents, method)
+        return full_logits(self.model.logits(hidden), self.model.config.vocab_size, self.model.group)
+
+    def truncate_shared(self, num_levels: int) -> None:
+        """Keeps the first ``num_levels`` levels and drops the others."""
+        self._shared.truncate(num_levels)
+
+    def empty_shared(self) -> None:
+        """Drops all kept levels."""
+        self._shared.truncate(0)
+
+    # ---- generation ----
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]] | Levels,
+        params: SamplingParams | Sequence[SamplingParams],
+        *,
+        attention: str = "hydragen",
+        shared_cache_op: str = "wipe",
+        disable_hierarchy: bool = False,
+        min_shared: int = 1,
+        starting_logits: torch.Tensor | None = None,
+        forced_tokens: Sequence[Sequence[int]] | None = None,
+        return_logits: bool = False,
+        on_tokens: OnTokens | None = None,
+    ) -> list[list[Generated]]:
+        """For each prompt, in the caller's order, its ``params.n`` samples.
+
+        Args:
+            prompts: token ids, whose shared prefixes are found by themselves; or ``Levels``, laid out by hand.
+            params: for all prompts, or one for each.
+            attention: the method, by name.
+            shared_cache_op: ``wipe`` drops the kept levels first; ``preserve`` continues them and leaves them as they
+                were; ``extend`` continues them and keeps the prompts as further levels. Below kept levels, prompts
+                continue the last level's entries in even blocks, and share nothing else.
+            disable_hierarchy: share the roots only.
+            min_shared: a shared stretch of fewer tokens is not shared. For flat prompts.
+            starting_logits: (n, V); the first new token is chosen from these.
+            forced_tokens: for each prompt, tokens to take instead of chosen ones, from the first on.
+            return_logits: keep the logits that every token was chosen from.
+            on_tokens: called after every step with (new tokens, sequences that ended).
+
+        Raises InputError for prompts or options that cannot be used, and for a prompt that alone has no room.
+        """
+        method = get_method(attention)
+        if shared_cache_op not in SHARED_CACHE_OPS:
+            raise InputError(f"shared_cache_op {shared_cache_op!r} is not known; accepted: {', '.join(SHARED_CACHE_OPS)}")
+        if shared_cache_op == "wipe":
+            self.empty_shared()
+        self._shared.check(method)
+        if shared_cache_op == "extend":
+            self._extend(prompts, attention)
+            prompts = [()] * len(self._shared.levels[-1])
+        tree = self._tree(prompts, min_shared)
+        if disable_hierarchy:
+            tree = root_only(tree)
+        params = self._params(params, tree.num_sequences)
+        counts = [p.n for p in params]
+        requests = self._requests(tree, params, forced_tokens)
+        tree = repeat(tree, counts)
+        self._check(tree, [request.params.max_tokens for request in requests])
+        if starting_logits is not None:
+            starting_logits = self._starting_logits(starting_logits, counts)
+        results = self._run(tree, requests, method, starting_logits, return_logits, on_tokens)
+        ends = np.cumsum(counts)
+        return [results[end - count : end] for end, count in zip(ends, counts, strict=True)]
+
+    def _extend(self, prompts: Sequence[Sequence[int]] | Levels, attention: str) -> None:
+        laid_out = prompts if isinstance(prompts, Levels) else Levels([prompts])
+        parents = laid_out.all_parents()
+        for number, level in enumerate(laid_out.levels):
+            self.append_shared(level, parents[number - 1] if number else None, attention=attention)
+
+    def _tree(self, prompts: Sequence[Sequence[int]] | Levels, min_shared: int) -> PrefixTree:
+        if not self._shared.levels and not isinstance(prompts, Levels):
+            return build_from_prompts(prompts, min_shared=min_shared)
+        laid_out = prompts if isinstance(prompts, Levels) else Levels([prompts])
+        if not self._shared.levels:
+            return build_from_levels(laid_out.levels, parents=laid_out.parents)
+        parents = [*self._shared.parents_of_next(len(laid_out.levels[0]), None), *laid_out.all_parents()]
+        return build_from_levels([*self._shared.levels, *laid_out.levels], parents=parents)
+
+    def _params(self, params: SamplingParams | Sequence[SamplingParams], num_prompts: int) -> list[SamplingParams]:
+        if isinstance(params, SamplingParams):
+            return [params] * num_prompts
+        if len(params) != num_prompts:
+            raise InputError(f"{len(params)} SamplingParams for {num_prompts} prompts; accepted: one, or one for each")
+        return list(params)
+
+    def _requests(
+        self, tree: PrefixTree, params: list[SamplingParams], forced_tokens: Sequence[Sequence[int]] | None
+    ) -> list[Request]:
+        """One request for each sample, in the caller's order."""
+        if forced_tokens is None:
+            forced_tokens = [()] * len(params)
+        elif len(forced_tokens) != len(params):
+            raise InputError(f"forced_tokens for {len(forced_tokens)} of {len(params)} prompts; accepted: a list for each")
+        occurrences: Counter[bytes] = Counter()
+        requests = []
+        for i, p, forced in zip(np.argsort(tree.order).tolist(), params, forced_tokens, strict=True):
+            self._check_ids(np.array(forced, dtype=np.int64), "forced_tokens")
+            digest = prompt_hash(tree.sequence_tokens(i))
+            stop_ids = frozenset(p.stop_token_ids) | (frozenset() if p.ignore_eos else self.eos_token_ids)
+            keys = [row_key(p.seed, digest, occurrences[digest], sample) for sample in range(p.n)]
+            requests += [Request(p, stop_ids, key, tuple(map(int, forced))) for key in keys]
+            occurrences[digest] += 1
+        return requests
+
+    def _check(self, tree: PrefixTree, max_tokens: Sequence[int]) -> None:
+        """Token ids inside the vocabulary, sequences inside the model's positions."""
+        for tokens in (*(node.tokens for node in tree.nodes), *tree.suffixes):
+            self._check_ids(tokens, "the prompt")
+        limit = self.model.config.max_position_embeddings
+        longest = 0
+        for i, caller in enumerate(tree.order):
+            length = tree.sequence_length(i)
+            if length + max_tokens[caller] > limit:
+                raise InputError(
+                    f"prompt {caller} has {length} tokens and is to get {max_tokens[caller]} more; accepted: at most "
+                    f"{limit} together, the model's positions; shorten the prompt or lower max_tokens"
+                )
+            longest = max(longest, length + max_tokens[caller])
+        self.model.prepare(longest)
+
+    def _check_ids(self, tokens: np.ndarray, what: str) -> None:
+        vocab_size = self.model.config.vocab_size
+        if len(tokens) and not (0 <= tokens.min() and tokens.max() < vocab_size):
+            wrong = tokens[(tokens < 0) | (tokens >= vocab_size)][0]
+            raise InputError(
+                f"{what} holds token id {wrong}; accepted: 0 to {vocab_size - 1}, the model's vocabulary; use the "
+                "tokenizer that belongs to the model"
+            )
+
+    def _starting_logits(self, logits: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        """Checked, and repeated for each prompt's samples."""
+        expected = (len(counts), self.model.config.vocab_size)
+        if tuple(logits.shape) != expected:
+            raise InputError(f"starting_logits have shape {tuple(logits.shape)}; accepted: {expected}, (prompts, V)")
+        return logits.repeat_interleave(torch.tensor(counts, device=logits.device), dim=0).to(self.model.group.device)
+
+    # ---- waves ----
+
+    def _run(
+        self,
+        tree: PrefixTree,
+        requests: list[Request],
+        method: AttentionMethod,
+        starting_logits: torch.Tensor | None,
+        return_logits: bool,
+        on_tokens: OnTokens | None,
+    ) -> list[Generated]:
+        """All sequences of the tree, wave by wave. ``requests`` and the results are in the caller's order."""
+        order = np.array(tree.order)
+        max_tokens = np.array([request.params.max_tokens for request in requests], dtype=np.int64)[order]
+        rooms = np.array([len(s) for s in tree.suffixes], dtype=np.int64) + max_tokens - 1  # the last one is never read
+        kept = self._shared.resident(tree)
+        passed_on: dict[int, ResidentNode] = {}  # nodes of the wave before that the next one reads too
+        results: list[Generated | None] = [None] * len(requests)
+
+        def part(first: int, last: int) -> _Wave:
+            return _Wave.of(tree, (first, last), rooms, kept | passed_on, method)
+
+        try:
+            fits = lambda first, last: self.arena.fits(part(first, last).ranges)  # noqa: E731
+            for first, last in waves(tree.num_sequences, self.max_batch_size, fits):
+                wave, callers = part(first, last), order[first:last]
+                what = f"prompt {callers[0]}" if last - first == 1 else f"a wave of {last - first} prompts"
+                starts = self.arena.allocate(wave.ranges, what)
+                reread = set(tree.leaf_path(last)) if last < tree.num_sequences else set()
+                new_nodes: dict[int, ResidentNode] = {}
+                try:
+                    executor = self._place(wave, method, starts)
+                    hidden = executor.prefill()
+                    logits = self._first_logits(hidden, starting_logits, callers)
+                    wave_requests = [requests[c] for c in callers]
+                    generated = decode(executor, logits, wave_requests, return_logits=return_logits, on_tokens=on_tokens)
+                    if method.own_node_ranges:
+                        new_nodes = executor.new_nodes()
+                finally:
+                    staying = {wave.whole_index[i]: n for i, n in new_nodes.items() if wave.whole_index[i] in reread}
+                    self._free(wave.ranges, starts, but={node.slot for node in staying.values()})
+                for index in [i for i in passed_on if i not in reread]:
+                    node = passed_on.pop(index)
+                    self.arena.free(node.slot, node.length)
+                passed_on |= staying
+                for caller, result in zip(callers, generated, strict=True):
+                    results[caller] = result
+        finally:
+            for node in passed_on.values():
+                self.arena.free(node.slot, node.length)
+        return results
+
+    def _place(self, wave: _Wave, method: AttentionMethod, starts: list[int]) -> Executor:
+        placement = method.place(wave.tree, wave.rooms, _slots(wave.resident), starts)
+        cache = self.arena.cache if method.uses_cache else None
+        return Executor(self.model, cache, method, wave.tree, placement, wave.resident)
+
+    def _first_logits(
+        self, hidden: torch.Tensor, starting_logits: torch.Tensor | None, callers: np.ndarray
+    ) -> torch.Tensor:
+        """``(B, V)``: this rank's part of the logits that the first new tokens are chosen from."""
+        if starting_logits is None:
+            return self.model.logits(hidden)
+        head = self.model.head
+        rows = starting_logits[torch.from_numpy(callers).to(starting_logits.device)].float()
+        mine = rows[:, head.first : head.first + head.num_real]
+        return torch.nn.functional.pad(mine, (0, head.weight.shape[0] - head.num_real), value=float("-inf"))
+
+    def _free(self, ranges: Sequence[int], starts: Sequence[int], but: set[int]) -> None:
+        for start, length in zip(starts, ranges, strict=True):
+            if length and start not in but:
+                self.arena.free(start, length)
+
+
+def _slots(resident: Mapping[int, ResidentNode]) -> dict[int, int]:
+    return {index: node.slot for index, node in resident.items()}

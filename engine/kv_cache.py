@@ -1,0 +1,109 @@
+"""The KV arena: keys and values of all sequences, in slots of one token each.
+
+Shapes: S slots, Hkv local KV heads, D head dimension, T tokens.
+"""
+
+import bisect
+from collections.abc import Sequence
+
+import torch
+
+from engine.config import ModelConfig
+
+
+class SlotAllocator:
+    """Hands out contiguous ranges of slots, first fit. Deterministic, so that all ranks place alike."""
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self._free: list[tuple[int, int]] = [(0, capacity)] if capacity else []  # (start, length), by start
+
+    @property
+    def num_free(self) -> int:
+        return sum(length for _, length in self._free)
+
+    def copy(self) -> "SlotAllocator":
+        """An allocator in the same state, to try things on."""
+        other = SlotAllocator(0)
+        other.capacity, other._free = self.capacity, list(self._free)
+        return other
+
+    def grow(self, capacity: int) -> None:
+        """Adds slots at the end."""
+        added, end = capacity - self.capacity, self.capacity
+        self.capacity = capacity
+        self.free(end, added)
+
+    def allocate_all(self, lengths: Sequence[int]) -> list[int] | None:
+        """Starts of ranges of these lengths; or None, and nothing is taken, when they do not all fit."""
+        before = list(self._free)
+        starts = []
+        for length in lengths:
+            start = self.allocate(length)
+            if start is None:
+                self._free = before
+                return None
+            starts.append(start)
+        return starts
+
+    def allocate(self, length: int) -> int | None:
+        """The start of ``length`` adjacent free slots, or None. No slots need no place: 0."""
+        if length == 0:
+            return 0
+        for index, (start, room) in enumerate(self._free):
+            if room >= length:
+                self._free[index : index + 1] = [(start + length, room - length)] if room > length else []
+                return start
+        return None
+
+    def free(self, start: int, length: int) -> None:
+        """Gives back a range that was allocated."""
+        if length == 0:
+            return
+        index = bisect.bisect(self._free, (start, length))
+        if index < len(self._free) and start + length == self._free[index][0]:
+            length += self._free.pop(index)[1]
+        if index and sum(self._free[index - 1]) == start:
+            start, before = self._free[index - 1][0], self._free[index - 1][1]
+            self._free[index - 1] = (start, before + length)
+        else:
+            self._free.insert(index, (start, length))
+
+
+class KVCache:
+    """One arena of keys and one of values per layer, ``(S, Hkv, D)``, zeroed: every slot is finite at all times."""
+
+    def __init__(self, config: ModelConfig, num_kv_heads: int, num_slots: int, dtype: torch.dtype, device: torch.device):
+        self.num_slots = num_slots
+        shape = (num_slots, num_kv_heads, config.head_dim)
+        self._layers = [
+            (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+            for _ in range(config.num_layers)
+        ]
+
+    @staticmethod
+    def bytes_per_slot(config: ModelConfig, num_kv_heads: int, dtype: torch.dtype) -> int:
+        return 2 * config.num_layers * num_kv_heads * config.head_dim * dtype.itemsize
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, each ``(S, Hkv, D)``."""
+        return self._layers[index]
+
+    def write(self, index: int, slots_T: torch.Tensor, k_THD: torch.Tensor, v_THD: torch.Tensor) -> None:
+        keys, values = self._layers[index]
+        keys.index_copy_(0, slots_T, k_THD)
+        values.index_copy_(0, slots_T, v_THD)
+
+    def copy(self, source: int, length: int, targets: list[int]) -> None:
+        """Copies ``length`` slots from ``source`` on to each of ``targets``, in every layer."""
+        for arenas in self._layers:
+            for arena in arenas:
+                kept = arena[source : source + length]
+                for target in targets:
+                    arena[target : target + length] = kept
+
+    def copy_from(self, other: "KVCache") -> None:
+        """Takes over the slots of a smaller cache, at the same places."""
+        for mine, theirs in zip(self._layers, other._layers, strict=True):
+            for new, old in zip(mine, theirs, strict=True):
+                new[: other.num_slots] = old

@@ -1,0 +1,187 @@
+"""A Llama-family transformer for one tensor-parallel rank.
+
+The forward pass is layer-major: within a layer, projections and MLP run in chunks of tokens, attention over all of
+them at once. So beside the KV cache only the residual stream and one layer's queries grow with the prompt.
+
+Shapes: T tokens, C tokens of a chunk, R rows that need logits, Hq and Hkv local query and KV heads, D head dimension,
+V local vocabulary, S slots of the KV arena.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from engine.config import ModelConfig
+from engine.distributed import TPGroup
+from engine.kv_cache import KVCache
+from engine.layers import (
+    ColumnParallelLinear,
+    RMSNorm,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+    WeightSlot,
+)
+from engine.rope import cos_sin_table
+from engine.sharding import Rule, check_world_size, local_kv_heads, split, split_kv_heads
+from kernels import AttentionPlan
+from kernels.rotary import apply_rotary_
+
+
+@dataclass(frozen=True)
+class Step:
+    """The new tokens of one forward pass, packed."""
+
+    tokens_T: torch.Tensor  # int64
+    positions_T: torch.Tensor  # int64, each token's position in its sequence
+    slots_T: torch.Tensor | None  # int64, the arena slot of each token's key and value; None: they are not kept
+    rows_R: torch.Tensor | None  # int64, the tokens whose hidden states are wanted; None: all
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, prefix: str, group: TPGroup):
+        super().__init__()
+        hidden, D, rank, size = config.hidden_size, config.head_dim, group.rank, group.size
+        q_shape, kv_shape = (config.num_heads * D, hidden), (config.num_kv_heads * D, hidden)
+
+        def shards(kind: str, last: slice) -> list:
+            return [
+                split(f"{prefix}.q_proj.{kind}", Rule.COLUMN, q_shape[last], 0, rank, size),
+                split_kv_heads(f"{prefix}.k_proj.{kind}", kv_shape[last], config.num_kv_heads, rank, size),
+                split_kv_heads(f"{prefix}.v_proj.{kind}", kv_shape[last], config.num_kv_heads, rank, size),
+            ]
+
+        biases = shards("bias", slice(0, 1)) if config.qkv_bias else ()
+        self.qkv_proj = ColumnParallelLinear(shards("weight", slice(None)), biases)
+        self.o_proj = RowParallelLinear(f"{prefix}.o_proj", (hidden, config.num_heads * D), group, config.o_bias)
+        self.num_heads = config.num_heads // size
+        self.num_kv_heads = local_kv_heads(config.num_kv_heads, rank, size)[1]
+        self.head_dim = D
+        self.scale = D**-0.5
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = RMSNorm(f"{prefix}.q_norm", D, config.rms_norm_eps)
+            self.k_norm = RMSNorm(f"{prefix}.k_norm", D, config.rms_norm_eps)
+
+    def project(self, x_CI, cos_C1D, sin_C1D) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rotated queries (C, Hq, D) and keys (C, Hkv, D), and values (C, Hkv, D)."""
+        Hq, Hkv = self.num_heads, self.num_kv_heads
+        qkv_CHD = self.qkv_proj(x_CI).unflatten(-1, (Hq + 2 * Hkv, self.head_dim))
+        if self.q_norm is not None:
+            qkv_CHD[:, :Hq] = self.q_norm(qkv_CHD[:, :Hq])
+            qkv_CHD[:, Hq : Hq + Hkv] = self.k_norm(qkv_CHD[:, Hq : Hq + Hkv])
+        apply_rotary_(qkv_CHD[:, : Hq + Hkv], cos_C1D, sin_C1D)
+        return qkv_CHD.split((Hq, Hkv, Hkv), dim=1)
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig, prefix: str, group: TPGroup):
+        super().__init__()
+        shape = (config.intermediate_size, config.hidden_size)
+
+        def shards(kind: str, last: slice) -> list:
+            return [
+                split(f"{prefix}.{part}_proj.{kind}", Rule.COLUMN, shape[last], 0, group.rank, group.size)
+                for part in ("gate", "up")
+            ]
+
+        biases = shards("bias", slice(0, 1)) if config.mlp_bias else ()
+        self.gate_up_proj = ColumnParallelLinear(shards("weight", slice(None)), biases)
+        self.down_proj = RowParallelLinear(f"{prefix}.down_proj", shape[::-1], group, config.mlp_bias)
+
+    def forward(self, x_CI: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj(x_CI).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate).mul_(up))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig, index: int, group: TPGroup):
+        super().__init__()
+        prefix = f"model.layers.{index}"
+        self.index = index
+        self.input_norm = RMSNorm(f"{prefix}.input_layernorm", config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config, f"{prefix}.self_attn", group)
+        self.post_attention_norm = RMSNorm(
+            f"{prefix}.post_attention_layernorm", config.hidden_size, config.rms_norm_eps
+        )
+        self.mlp = MLP(config, f"{prefix}.mlp", group)
+
+    def forward(self, x_TI, step: Step, cos_T1D, sin_T1D, plan: AttentionPlan, cache: KVCache | None, chunk: int):
+        """Adds the layer's output to the residual stream ``x (T, hidden)``, in place, and returns it."""
+        T = x_TI.shape[0]
+        attention = self.attention
+        chunks = [slice(first, min(first + chunk, T)) for first in range(0, T, chunk)]
+        q_THD = x_TI.new_empty(T, attention.num_heads, attention.head_dim) if len(chunks) > 1 else None
+        for part in chunks:
+            q, k, v = attention.project(self.input_norm(x_TI[part]), cos_T1D[part], sin_T1D[part])
+            if cache is not None:
+                cache.write(self.index, step.slots_T[part], k, v)
+            if q_THD is None:
+                q_THD = q
+            else:
+                q_THD[part] = q
+        k_SHD, v_SHD = (None, None) if cache is None else cache.layer(self.index)
+        out_TI = plan.run(q_THD, k_SHD, v_SHD, attention.scale).reshape(T, -1)
+        for part in chunks:
+            x_CI = x_TI[part]
+            x_CI += attention.o_proj(out_TI[part])
+            x_CI += self.mlp(self.post_attention_norm(x_CI))
+        return x_TI
+
+
+class Transformer(nn.Module):
+    """One rank's part of the model. ``weight_slots`` says which shard of which checkpoint tensor goes where.
+
+    Parameters are made uninitialised on the default device (``meta`` for the offline tool, which only reads the
+    slots). Raises InputError when the model cannot be cut into ``group.size`` parts.
+    """
+
+    def __init__(self, config: ModelConfig, group: TPGroup, prefill_chunk: int = 2048):
+        super().__init__()
+        check_world_size(config.num_heads, config.num_kv_heads, config.intermediate_size, group.size)
+        self.config = config
+        self.group = group
+        self.prefill_chunk = prefill_chunk
+        vocab_shape = (config.vocab_size, config.hidden_size)
+        self.embedding = VocabParallelEmbedding("model.embed_tokens.weight", vocab_shape, group)
+        self.layers = nn.ModuleList(Layer(config, index, group) for index in range(config.num_layers))
+        self.norm = RMSNorm("model.norm", config.hidden_size, config.rms_norm_eps)
+        tied = self.embedding if config.tie_word_embeddings else None
+        self.head = VocabParallelHead("lm_head.weight", vocab_shape, group, tied)
+        self._cos_sin_P2D = torch.empty(0)
+
+    def weight_slots(self) -> Iterator[WeightSlot]:
+        for module in self.modules():
+            yield from getattr(module, "slots", ())
+
+    @property
+    def num_kv_heads(self) -> int:
+        """KV heads that this rank holds."""
+        return self.layers[0].attention.num_kv_heads
+
+    def prepare(self, num_positions: int) -> None:
+        """Makes the rotary table long enough for positions below ``num_positions``."""
+        if self._cos_sin_P2D.shape[0] < num_positions:
+            self._cos_sin_P2D = cos_sin_table(self.config, num_positions, self.embedding.weight.device)
+
+    @torch.inference_mode()
+    def forward(self, step: Step, plan: AttentionPlan, cache: KVCache | None) -> torch.Tensor:
+        """``(R, hidden)``: normalised hidden states of the rows that ``step`` wants, the same on every rank.
+
+        Keys and values are written to the cache; without one (attention disabled) they are dropped.
+        """
+        cos_T1D, sin_T1D = self._cos_sin_P2D[step.positions_T].unsqueeze(2).unbind(1)
+        x_TI = self.embedding(step.tokens_T)
+        for layer in self.layers:
+            x_TI = layer(x_TI, step, cos_T1D, sin_T1D, plan, cache, self.prefill_chunk)
+        return self.norm(x_TI if step.rows_R is None else x_TI[step.rows_R])
+
+    @torch.inference_mode()
+    def logits(self, hidden_RI: torch.Tensor) -> torch.Tensor:
+        """``(R, V)``: this rank's part of the logits; column ``v`` is token ``head.first + v``, padding is -inf."""
+        return self.head(hidden_RI)
