@@ -74,7 +74,7 @@ def _yarn(rope: RopeConfig, periods: Tensor, factor: float, original_length: int
     if rope.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, head_dim - 1)
-    width = last - first or 0.01  # a ramp of no width is a step
+    width = last - first or 0.001  # a ramp of no width is a step
     kept = 1 - ((torch.arange(len(periods), dtype=torch.float32) - first) / width).clamp(0, 1)
     return 1.0 / (factor * periods) * (1 - kept) + 1.0 / periods * kept
 

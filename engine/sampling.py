@@ -12,10 +12,10 @@ the rank's part. Another number of ranks makes other partial sums of the same te
 total, and the token only where the uniform number falls between them, about once in 1e12 draws.
 
 Cost for 64 x 32000 float32 logits, on one thread of an AMD EPYC with torch 2.13: greedy 0.8 ms; an unrestricted draw
-5.6 (of which exp takes 2.1 and the float64 sums 1.1, while a cumulative sum over the vocabulary would take 21); top-k of
-50 about 10; top-p alone 16 where 64 tokens reach it, but 300 where only a sort of the whole vocabulary does, as with
-random weights. bfloat16 logits add up to 1 ms. Work is done some rows at a time, or most of the time would go into
-fresh pages of memory.
+5.6 (exp takes 2.1 of it, the float64 sums 1.1; a cumulative sum over the vocabulary would take 21); top-k of 50 about
+10; top-p alone 16 where 64 tokens reach it, but 300 where only a sort of the whole vocabulary does, as with random
+weights. bfloat16 logits add up to 1 ms. Work is done some rows at a time, or most of the time would go into fresh
+pages of memory.
 """
 
 import hashlib

@@ -31,6 +31,7 @@ ROPES = {
     "llama3, factor 32": LLAMA31 | {"factor": 32.0, "low_freq_factor": 0.7, "high_freq_factor": 9.0},
     "llama3, original length left out": {k: v for k, v in LLAMA31.items() if not k.startswith("original")},
     "yarn": QWEN_YARN,
+    "yarn, factor that is no power of two": QWEN_YARN | {"factor": 2.7},
     "yarn, betas": QWEN_YARN | {"beta_fast": 8.0, "beta_slow": 3.0},
     "yarn, not truncated": QWEN_YARN | {"truncate": False},
     "yarn, attention factor": QWEN_YARN | {"attention_factor": 0.8},

@@ -199,6 +199,16 @@ def test_top_p_takes_more_candidates_for_the_rows_that_need_them(monkeypatch):
 
 
 @pytest.mark.parametrize("size", WORLD_SIZES)
+def test_tokens_at_minus_infinity_are_never_drawn(size):
+    """At the ends of the unit interval too, where whole blocks and whole ranks hold nothing else."""
+    allowed = torch.arange(300, 310)
+    logits = torch.full((len(KINDS) * 2, 800), -math.inf)
+    logits[:, allowed] = torch.randn(len(logits), 10, generator=torch.Generator().manual_seed(1))
+    u = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64).repeat_interleave(len(KINDS))
+    assert torch.isin(sample_on_ranks(size, logits, KINDS * 2, u), allowed).all()
+
+
+@pytest.mark.parametrize("size", WORLD_SIZES)
 def test_a_row_draws_the_same_alone_and_in_any_batch(size):
     generator = torch.Generator().manual_seed(11)
     params = KINDS * 3
