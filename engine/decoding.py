@@ -18,6 +18,7 @@ from engine.sampling import RowParams, SamplingParams, greedy, logprob_of, sampl
 class Request:
     """What one sequence is to generate."""
 
+    prompt: int  # the caller's number of it
     params: SamplingParams
     stop_ids: frozenset[int]  # a token that ends the sequence
     draw_key: int  # 64 bits, signed; the random numbers of the sequence depend on nothing else

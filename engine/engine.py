@@ -174,8 +174,8 @@ class Engine:
         params = self._params(params, tree.num_sequences)
         counts = [p.n for p in params]
         requests = self._requests(tree, params, forced_tokens)
+        self._check(tree, [p.max_tokens for p in params])
         tree = repeat(tree, counts)
-        self._check(tree, [request.params.max_tokens for request in requests])
         if starting_logits is not None:
             starting_logits = self._starting_logits(starting_logits, counts)
         results = self._run(tree, requests, method, starting_logits, return_logits, on_tokens)
@@ -214,14 +214,27 @@ class Engine:
             raise InputError(f"forced_tokens for {len(forced_tokens)} of {len(params)} prompts; accepted: a list for each")
         occurrences: Counter[bytes] = Counter()
         requests = []
-        for i, p, forced in zip(np.argsort(tree.order).tolist(), params, forced_tokens, strict=True):
-            self._check_ids(np.array(forced, dtype=np.int64), "forced_tokens")
+        for number, i in enumerate(np.argsort(tree.order).tolist()):
+            p, forced = params[number], self._forced(number, forced_tokens[number], params[number].max_tokens)
             digest = prompt_hash(tree.sequence_tokens(i))
             stop_ids = frozenset(p.stop_token_ids) | (frozenset() if p.ignore_eos else self.eos_token_ids)
             keys = [row_key(p.seed, digest, occurrences[digest], sample) for sample in range(p.n)]
-            requests += [Request(p, stop_ids, key, tuple(map(int, forced))) for key in keys]
+            requests += [Request(number, p, stop_ids, key, forced) for key in keys]
             occurrences[digest] += 1
         return requests
+
+    def _forced(self, number: int, tokens: Sequence[int], max_tokens: int) -> tuple[int, ...]:
+        """Checked forced tokens of prompt ``number``."""
+        ids = np.asarray(tokens)
+        if len(ids) and ids.dtype.kind not in "iu":
+            raise InputError(f"forced_tokens of prompt {number}: got {ids.dtype} values; accepted: token ids, integers")
+        if len(ids) > max_tokens:
+            raise InputError(
+                f"forced_tokens of prompt {number}: got {len(ids)} for {max_tokens} new tokens; accepted: as many or "
+                "fewer; raise max_tokens or leave some out"
+            )
+        self._check_ids(ids, f"forced_tokens of prompt {number}")
+        return tuple(ids.tolist())
 
     def _check(self, tree: PrefixTree, max_tokens: Sequence[int]) -> None:
         """Token ids inside the vocabulary, sequences inside the model's positions."""
@@ -281,7 +294,7 @@ class Engine:
             fits = lambda first, last: self.arena.fits(part(first, last).ranges)  # noqa: E731
             for first, last in waves(tree.num_sequences, self.max_batch_size, fits):
                 wave, callers = part(first, last), order[first:last]
-                what = f"prompt {callers[0]}" if last - first == 1 else f"a wave of {last - first} prompts"
+                what = f"prompt {requests[callers[0]].prompt}" if last - first == 1 else f"a wave of {last - first} prompts"
                 starts = self.arena.allocate(wave.ranges, what)
                 reread = set(tree.leaf_path(last)) if last < tree.num_sequences else set()
                 new_nodes: dict[int, ResidentNode] = {}

@@ -31,6 +31,10 @@ from kernels import AttentionPlan
 from kernels.rotary import apply_rotary_
 
 
+# Tokens that go through projections and MLP at once: enough to fill the device, few enough to bound the memory.
+PREFILL_CHUNK = 2048
+
+
 @dataclass(frozen=True)
 class Step:
     """The new tokens of one forward pass, packed."""
@@ -141,7 +145,7 @@ class Transformer(nn.Module):
     slots). Raises InputError when the model cannot be cut into ``group.size`` parts.
     """
 
-    def __init__(self, config: ModelConfig, group: TPGroup, prefill_chunk: int = 2048):
+    def __init__(self, config: ModelConfig, group: TPGroup, prefill_chunk: int = PREFILL_CHUNK):
         super().__init__()
         check_world_size(config.num_heads, config.num_kv_heads, config.intermediate_size, group.size)
         self.config = config

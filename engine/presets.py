@@ -78,6 +78,7 @@ _LLAMA31_INSTRUCT_EOS = (128001, 128008, 128009)
 
 _PRESETS = {
     "tiny": _llama(64, 176, 2, 4, 2, max_position_embeddings=4096, vocab_size=512, dtype=torch.float32),
+    "demo": _llama(512, 1408, 6, 8, 4, max_position_embeddings=32768, vocab_size=8192, dtype=torch.float32),
     "llama-125m": _llama(768, 2048, 12, 12, 4, max_position_embeddings=131072),
     "codellama/CodeLlama-7b-hf": _CODE_LLAMA_7B,
     "codellama/CodeLlama-7b-Instruct-hf": _CODE_LLAMA_7B,

@@ -87,6 +87,17 @@ def level_sets(draw, vocab_size: int = 32, max_run: int = 6, max_prompts: int = 
     return levels, parents
 
 
+@st.composite
+def even_level_sets(draw, vocab_size: int = 32, max_run: int = 6, max_prompts: int = 16):
+    """``(levels, None)`` for ``build_from_levels``: 1 to 5 levels, each a multiple of the one above, empty entries."""
+    levels = [draw(st.lists(token_runs(vocab_size, 1, max_run), min_size=1, max_size=3))]
+    for _ in range(draw(st.integers(0, 4))):
+        count = len(levels[-1])
+        fan_out = draw(st.integers(1, max(1, min(5, max_prompts // count))))
+        levels.append([draw(token_runs(vocab_size, 0, max_run)) for _ in range(count * fan_out)])
+    return levels, None
+
+
 def hard_cases(prompts: list[list[int]], tree) -> set[str]:
     """Which of HARD_CASES occur in ``prompts`` and the ``PrefixTree`` built from them."""
     fan_outs = [len(_children(tree, node.index)) for node in tree.nodes]

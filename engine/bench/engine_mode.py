@@ -1,0 +1,53 @@
+"""The engine's attention methods as modes of a sweep."""
+
+from engine.bench.memory_model import Footprint, cache_tokens, footprint
+from engine.bench.modes import ModelOptions
+from engine.bench.results import Cell
+from engine.distributed import TPGroup
+from engine.engine import Engine
+from engine.loader import load_model
+from engine.sampling import SamplingParams
+
+
+class EngineMode:
+    """One loaded model and one attention method.
+
+    The prompt is kept as a shared level. Its end has the logits of the first token already, so generating one token
+    takes no step, and n tokens take n - 1.
+    """
+
+    def __init__(self, method: str, options: ModelOptions, group: TPGroup):
+        self.method, self.group = method, group
+        loaded = load_model(
+            options.name,
+            group,
+            tp_dir=options.tp_dir,
+            load_format=options.load_format,
+            dtype=options.dtype,
+            revision=options.revision,
+            seed=options.seed,
+        )
+        self.config = loaded.config
+        self.dtype = loaded.model.embedding.weight.dtype
+        self.engine = Engine(loaded.model)
+        self._batch_size = 0
+
+    def footprint(self, cell: Cell) -> Footprint:
+        return footprint(self.config, self.dtype, self.group.size, cell)
+
+    def set_up(self, cell: Cell) -> None:
+        self._batch_size = cell.batch_size
+        self.engine.max_batch_size = cell.batch_size
+        if tokens := cache_tokens(cell):
+            self.engine.setup_caches(tokens)
+
+    def prefill(self, prompt: list[int]) -> None:
+        self.engine.empty_shared()
+        self.engine.append_shared([prompt], attention=self.method)
+
+    def generate(self, num_tokens: int) -> None:
+        params = SamplingParams(n=self._batch_size, temperature=0, max_tokens=num_tokens, ignore_eos=True)
+        self.engine.generate([()], params, attention=self.method, shared_cache_op="preserve")
+
+    def release(self) -> None:
+        self.engine.release_caches()

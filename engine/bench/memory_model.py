@@ -1,0 +1,64 @@
+"""Predicted memory of a sweep's cells, per rank, from the model's shapes alone: nothing is allocated.
+
+Shapes: T tokens of the prompt, B sequences.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.bench.results import Cell
+from engine.config import ModelConfig
+from engine.distributed import TPGroup
+from engine.kv_cache import KVCache
+from engine.model import PREFILL_CHUNK, Transformer
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that one rank needs."""
+
+    weights: int
+    cache: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.activations
+
+
+def cache_tokens(cell: Cell) -> int:
+    """Tokens whose keys and values the arena holds: the prompt that is kept, and what each sequence has of its own.
+
+    The last generated token is never read again, so it has no place.
+    """
+    own = cell.num_unique - 1
+    if cell.mode == "noattention":
+        return 0
+    if cell.mode == "hydragen":
+        return cell.num_shared + cell.batch_size * own
+    return cell.num_shared + cell.batch_size * (cell.num_shared + own)
+
+
+def footprint(config: ModelConfig, dtype: torch.dtype, world_size: int, cell: Cell) -> Footprint:
+    """What ``cell`` needs on each of ``world_size`` ranks.
+
+    Raises InputError for a world size that the model cannot be cut into.
+    """
+    with torch.device("meta"):
+        model = Transformer(config, TPGroup(0, world_size, "meta"))
+    per_token = KVCache.bytes_per_slot(config, model.num_kv_heads, dtype)
+    q_size = config.num_heads // world_size * config.head_dim
+    mlp_size = config.intermediate_size // world_size
+    T, B = cell.num_shared, cell.batch_size
+    # Prefill keeps the residual stream, one layer's queries and their attention for all tokens; the MLP of a chunk.
+    chunk = min(T, PREFILL_CHUNK)
+    prefill = T * (config.hidden_size + 2 * q_size) + chunk * (2 * config.hidden_size + 3 * mlp_size)
+    # A decode step does the same for one token of each sequence, and makes logits, once more in float32.
+    step = B * (3 * config.hidden_size + 3 * q_size + 3 * mlp_size)
+    logits = B * -(-config.vocab_size // world_size) * (dtype.itemsize + 4)
+    return Footprint(
+        weights=sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize,
+        cache=cache_tokens(cell) * per_token,
+        activations=max(prefill * dtype.itemsize, step * dtype.itemsize + logits),
+    )

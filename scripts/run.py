@@ -1,0 +1,122 @@
+"""Generate completions for prompts: laid out by hand as a hierarchy, or read from a file."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from engine import LLM, PromptLevels, RequestOutput, SamplingParams
+from engine.attention import METHODS
+from engine.cli import make_app, run
+from engine.distributed import init_group
+from engine.errors import InputError
+from engine.files import write_whole
+from engine.progress import generation_progress
+from engine.prompts import parse_levels, read_prompts
+
+app = make_app()
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A local folder or a Hub id, in Hugging Face format.")],
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(help="One level of the hierarchy, its prompts separated by |. Repeat it for the levels below."),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="One prompt a line, or JSON lines (.jsonl). Shared prefixes are found.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Where the completions go, if not to the terminal.")] = None,
+    jsonl: Annotated[bool, typer.Option("--jsonl", help="JSON lines rather than text.")] = False,
+    n: Annotated[int, typer.Option(help="Completions of each prompt.")] = 1,
+    max_tokens: Annotated[int, typer.Option(help="New tokens of each completion at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this much probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 for all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Same seed, same completions, on any number of ranks.")] = 0,
+    stop_token_id: Annotated[list[int] | None, typer.Option(help="A token that ends a completion; repeatable.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")] = False,
+    attention: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")] = "hydragen",
+    disable_hierarchy: Annotated[bool, typer.Option("--disable-hierarchy", help="Share the first level only.")] = False,
+    tp_dir: Annotated[Path | None, typer.Option(help="Shards made by tools/make_tp_files.py, one for a rank.")] = None,
+    load_format: Annotated[str, typer.Option(help="auto, or dummy for random weights.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. CUDA where there is one.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")] = None,
+    cache_tokens: Annotated[
+        int | None, typer.Option(help="Tokens that the KV cache has room for. Sized by the work and memory without it.")
+    ] = None,
+    max_batch_size: Annotated[int, typer.Option(help="Completions that run at once at most.")] = 1024,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a rank that waits for another gives up.")] = 600,
+) -> None:
+    """Generate completions. Prompts that begin alike share what they have in common: it is computed and read once.
+
+    Levels divide evenly: with 1 prompt at the first, 2 at the second and 6 at the third level, each of the second has
+    3 of the third below it, and there are 6 completions (times --n).
+
+    \b
+    Examples:
+      python scripts/run.py path/to/model --prompts "Harry Potter is" --n 4 --max-tokens 32
+      python scripts/run.py path/to/model --prompts "A story. " --prompts "Once |Never " --prompts "I|you|he|she"
+      python scripts/run.py path/to/model --prompt-file questions.txt --jsonl --output answers.jsonl --temperature 0
+      torchrun --standalone --nproc_per_node=2 scripts/run.py path/to/model --tp-dir shards --prompt-file questions.txt
+    """
+    if (prompts is None) == (prompt_file is None):
+        raise InputError("give prompts in one way: either --prompts, once for each level, or --prompt-file")
+    params = SamplingParams(
+        n=n,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        max_tokens=max_tokens,
+        seed=seed,
+        stop_token_ids=tuple(stop_token_id or ()),
+        ignore_eos=ignore_eos,
+    )
+    given = read_prompts(prompt_file) if prompt_file is not None else parse_levels(prompts)
+    group = init_group(device, timeout_s=timeout)
+    try:
+        llm = LLM(
+            model,
+            tp_dir=tp_dir,
+            dtype=dtype,
+            attention=attention,
+            load_format=load_format,
+            revision=revision,
+            cache_tokens=cache_tokens,
+            max_batch_size=max_batch_size,
+            group=group,
+        )
+        num_prompts = len(given.levels[-1] if isinstance(given, PromptLevels) else given)
+        with generation_progress(num_prompts * n, Console(stderr=True, quiet=group.rank != 0)) as on_tokens:
+            results = llm.generate(given, params, disable_hierarchy=disable_hierarchy, on_tokens=on_tokens)
+        if group.rank == 0:
+            text = "".join(map(_as_json if jsonl else _as_text, results))
+            if output is None:
+                print(text, end="")
+            else:
+                write_whole(output, text.encode())
+        group.barrier()
+    finally:
+        group.close()
+
+
+def _as_json(result: RequestOutput) -> str:
+    outputs = [
+        {"text": o.text, "token_ids": list(o.token_ids), "finish_reason": o.finish_reason} for o in result.outputs
+    ]
+    prompt = result.prompt if result.prompt is not None else list(result.prompt_token_ids)
+    return json.dumps({"prompt": prompt, "outputs": outputs}, ensure_ascii=False) + "\n"
+
+
+def _as_text(result: RequestOutput) -> str:
+    prompt = result.prompt if result.prompt is not None else f"[{len(result.prompt_token_ids)} tokens]"
+    samples = [o.text if o.text is not None else " ".join(map(str, o.token_ids)) for o in result.outputs]
+    return "".join(f"--- {prompt}\n{sample}\n" for sample in samples)
+
+
+if __name__ == "__main__":
+    run(app)

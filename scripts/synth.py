@@ -1,0 +1,107 @@
+"""Decode throughput on synthetic data: many completions of one shared prompt, over a grid of sizes."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from engine.attention import METHODS
+from engine.bench.modes import MODES, ModelOptions, check_mode
+from engine.bench.ranges import parse_range
+from engine.bench.report import build_rows, print_table
+from engine.bench.results import Cell, read_results
+from engine.bench.synth import Sweep, print_plan, run_sweep
+from engine.cli import make_app, run
+from engine.distributed import init_group
+from engine.errors import InputError
+from engine.loader import load_model_config
+
+app = make_app()
+
+RANGE = "a,b,c or start:stop:step or start:stop:xfactor, stop exclusive"
+
+
+@app.command()
+def synth(
+    outdir: Annotated[Path, typer.Argument(metavar="OUTDIR", help="Where OUTDIR/MODE/b*_s*_u*.yaml are written.")],
+    batch_size: Annotated[str, typer.Argument(metavar="BS", help=f"Completions at once: {RANGE}.")],
+    num_shared: Annotated[str, typer.Argument(metavar="NUM_SHARED", help="Tokens of the shared prompt: a range.")],
+    num_unique: Annotated[str, typer.Argument(metavar="NUM_UNIQUE", help="Tokens to generate: a range.")],
+    model_name: Annotated[
+        str,
+        typer.Option(help="A local folder, a Hub id, or with --load-format dummy a preset's name (llama-125m, tiny)."),
+    ],
+    mode: Annotated[str, typer.Option(help=f"What is timed: {', '.join(MODES)}.")] = "hydragen",
+    num_iters: Annotated[int, typer.Option(min=1, help="Timed runs of a cell.")] = 5,
+    num_warmup: Annotated[int, typer.Option(min=0, help="Runs of a cell before those.")] = 2,
+    tp_dir: Annotated[Path | None, typer.Option(help="Shards made by tools/make_tp_files.py, one for a rank.")] = None,
+    tp: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tensor-parallel size: of vLLM, which starts its own processes, or of a --dry-run. "
+            "The other modes have as many ranks as torchrun starts.",
+        ),
+    ] = None,
+    load_format: Annotated[str, typer.Option(help="auto, or dummy for random weights.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. CUDA where there is one.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the prompt, and of dummy weights.")] = 0,
+    calc_prefill: Annotated[
+        bool, typer.Option(help="Time the shared prompt's prefill as often as the decoding, or run it once untimed.")
+    ] = True,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a rank that waits for another gives up.")] = 600,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the grid and each cell's memory per rank, no more.")] = False,
+) -> None:
+    """Time the generation of NUM_UNIQUE tokens for BS completions of one prompt of NUM_SHARED tokens.
+
+    Every combination of the three ranges is a cell, and every cell one file. A cell that has a file is skipped, so a
+    sweep that was stopped goes on where it was. A cell that cannot fit is recorded as such and skipped.
+
+    Modes hydragen, hydragen_noshared (each completion has its own copy of the prompt: FlashAttention without sharing)
+    and noattention (the ceiling) are this engine's; hf is transformers with the prompt's cache kept; vllm and
+    vllm_notok (without detokenisation) are vLLM with prefix caching. All choose tokens greedily. Decode throughput is
+    tokens after the first over (time for all - time for one). Run several modes into one OUTDIR to see their ratios.
+
+    \b
+    Examples:
+      python scripts/synth.py results/125m 1:65:x4 1024,4096 16 --model-name llama-125m --load-format dummy --mode hydragen
+      torchrun --standalone --nproc_per_node=8 scripts/synth.py results/7b 32:129:x2 1024,2048 128 \\
+          --mode hydragen --model-name codellama/CodeLlama-7b-Instruct-hf --tp-dir shards/7b
+      python scripts/synth.py results/7b 32:4097:x2 16256 128 --model-name codellama/CodeLlama-7b-hf --dry-run --tp 8
+    """
+    check_mode(mode)
+    ranges = [
+        parse_range(text, name=name)
+        for text, name in ((batch_size, "BS"), (num_shared, "NUM_SHARED"), (num_unique, "NUM_UNIQUE"))
+    ]
+    cells = tuple(Cell(mode, b, s, u) for u in ranges[2] for s in ranges[1] for b in ranges[0])
+    model = ModelOptions(model_name, tp_dir, load_format, dtype, revision, seed)
+    sweep = Sweep(outdir, mode, cells, model, num_iters, num_warmup, calc_prefill)
+    group = init_group(device, timeout_s=timeout)
+    console = Console(quiet=group.rank != 0)
+    try:
+        if dry_run:
+            config, chosen = load_model_config(
+                model_name, tp_dir=tp_dir, load_format=load_format, dtype=dtype, revision=revision
+            )
+            print_plan(sweep, config, chosen, tp or group.size, console)
+            return
+        if mode in METHODS and tp not in (None, group.size):
+            raise InputError(
+                f"--tp {tp} was given to {group.size} rank(s); mode {mode} has as many as torchrun starts: use "
+                f"torchrun --standalone --nproc_per_node={tp} scripts/synth.py, and leave --tp out"
+            )
+        run_sweep(sweep, group, tp or 1, console)
+        if group.rank == 0:
+            rows = build_rows(read_results([outdir]))
+            print_table(rows, console if console.is_terminal else Console(width=140))
+            console.print(f"Results are in {outdir}. To plot them: python scripts/report.py {outdir}")
+    finally:
+        group.close()
+
+
+if __name__ == "__main__":
+    run(app)
