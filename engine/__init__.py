@@ -1,6 +1,19 @@
 """Tributary: tensor-parallel inference for Llama-family models with pluggable, exact shared-prefix attention."""
 
-from engine.llm import LLM, CompletionOutput, PromptLevels, RequestOutput
-from engine.sampling import SamplingParams
+from importlib import import_module
 
-__all__ = ["LLM", "CompletionOutput", "PromptLevels", "RequestOutput", "SamplingParams"]
+_PUBLIC = {
+    "LLM": "engine.llm",
+    "CompletionOutput": "engine.llm",
+    "PromptLevels": "engine.llm",
+    "RequestOutput": "engine.llm",
+    "SamplingParams": "engine.sampling",
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str):
+    """The public names, imported on first use: ``import engine.x`` for a small tool then loads no more than it needs."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)

@@ -94,6 +94,12 @@ class Arena:
     def free(self, start: int, length: int) -> None:
         self._slots.free(start, length)
 
+    def clear(self, ranges: Sequence[int], starts: Sequence[int]) -> None:
+        """Zeroes ranges that a failed computation may have left NaN in: masked reads need every slot to be finite."""
+        if self.cache is not None:
+            for start, length in zip(starts, ranges, strict=True):
+                self.cache.clear(start, length)
+
     def _memory_limit(self) -> int:
         """Tokens that memory has room for: the same number on every rank."""
         mine = int(available_bytes(self._group) * _FRACTION) // self.bytes_per_token

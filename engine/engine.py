@@ -4,7 +4,7 @@ Shapes: n prompts, B sequences of a wave, V vocabulary.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +37,15 @@ class Levels:
 
     levels: Sequence[Sequence[Sequence[int]]]
     parents: Sequence[Sequence[int]] | None = None
+
+    def __post_init__(self):
+        if not self.levels:
+            raise InputError("Levels: got no level; accepted: one or more, the last one holding the sequences; add one")
+        if self.parents is not None and len(self.parents) != len(self.levels) - 1:
+            raise InputError(
+                f"Levels: got parents for {len(self.parents)} levels; accepted: for {len(self.levels) - 1}, each level "
+                "but the first; match them"
+            )
 
     def all_parents(self) -> list[list[int]]:
         """``parents``, spelled out."""
@@ -165,20 +174,25 @@ class Engine:
         if shared_cache_op == "wipe":
             self.empty_shared()
         self._shared.check(method)
-        if shared_cache_op == "extend":
-            self._extend(prompts, attention)
-            prompts = [()] * len(self._shared.levels[-1])
-        tree = self._tree(prompts, min_shared)
-        if disable_hierarchy:
-            tree = root_only(tree)
-        params = self._params(params, tree.num_sequences)
-        counts = [p.n for p in params]
-        requests = self._requests(tree, params, forced_tokens)
-        self._check(tree, [p.max_tokens for p in params])
-        tree = repeat(tree, counts)
-        if starting_logits is not None:
-            starting_logits = self._starting_logits(starting_logits, counts)
-        results = self._run(tree, requests, method, starting_logits, return_logits, on_tokens)
+        num_kept = self.num_shared_levels
+        try:
+            if shared_cache_op == "extend":
+                self._extend(prompts, attention)
+                prompts = [()] * len(self._shared.levels[-1])
+            tree = self._tree(prompts, min_shared)
+            if disable_hierarchy:
+                tree = root_only(tree)
+            params = self._params(params, tree.num_sequences)
+            counts = [p.n for p in params]
+            requests = self._requests(tree, params, forced_tokens)
+            self._check(tree, [p.max_tokens for p in params])
+            tree = repeat(tree, counts)
+            if starting_logits is not None:
+                starting_logits = self._starting_logits(starting_logits, counts)
+            results = self._run(tree, requests, method, starting_logits, return_logits, on_tokens)
+        except BaseException:
+            self.truncate_shared(num_kept)  # a call that fails extends nothing
+            raise
         ends = np.cumsum(counts)
         return [results[end - count : end] for end, count in zip(ends, counts, strict=True)]
 
@@ -306,18 +320,21 @@ class Engine:
                     generated = decode(executor, logits, wave_requests, return_logits=return_logits, on_tokens=on_tokens)
                     if method.own_node_ranges:
                         new_nodes = executor.new_nodes()
+                except BaseException:
+                    self.arena.clear(wave.ranges, starts)
+                    raise
                 finally:
                     staying = {wave.whole_index[i]: n for i, n in new_nodes.items() if wave.whole_index[i] in reread}
                     self._free(wave.ranges, starts, but={node.slot for node in staying.values()})
-                for index in [i for i in passed_on if i not in reread]:
-                    node = passed_on.pop(index)
-                    self.arena.free(node.slot, node.length)
+                self._drop(passed_on, passed_on.keys() - reread)
                 passed_on |= staying
+                if last < tree.num_sequences and not fits(last, last + 1):
+                    # Where they lie they leave no range that is long enough; the empty arena may have one.
+                    self._drop(passed_on, set(passed_on))
                 for caller, result in zip(callers, generated, strict=True):
                     results[caller] = result
         finally:
-            for node in passed_on.values():
-                self.arena.free(node.slot, node.length)
+            self._drop(passed_on, set(passed_on))
         return results
 
     def _place(self, wave: _Wave, method: AttentionMethod, starts: list[int]) -> Executor:
@@ -335,6 +352,11 @@ class Engine:
         rows = starting_logits[torch.from_numpy(callers).to(starting_logits.device)].float()
         mine = rows[:, head.first : head.first + head.num_real]
         return torch.nn.functional.pad(mine, (0, head.weight.shape[0] - head.num_real), value=float("-inf"))
+
+    def _drop(self, nodes: dict[int, ResidentNode], indices: Set[int]) -> None:
+        for index in indices:
+            node = nodes.pop(index)
+            self.arena.free(node.slot, node.length)
 
     def _free(self, ranges: Sequence[int], starts: Sequence[int], but: set[int]) -> None:
         for start, length in zip(starts, ranges, strict=True):

@@ -71,15 +71,19 @@ class SlotAllocator:
 
 
 class KVCache:
-    """One arena of keys and one of values per layer, ``(S, Hkv, D)``, zeroed: every slot is finite at all times."""
+    """One arena of keys and one of values per layer, ``(S, Hkv, D)``, zeroed: every slot is finite at all times.
+
+    In memory an arena is head-major: a head's keys follow each other, so attention streams them. On CPU that reads
+    about twice as fast as keys that are interleaved by head.
+    """
 
     def __init__(self, config: ModelConfig, num_kv_heads: int, num_slots: int, dtype: torch.dtype, device: torch.device):
         self.num_slots = num_slots
-        shape = (num_slots, num_kv_heads, config.head_dim)
-        self._layers = [
-            (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-            for _ in range(config.num_layers)
-        ]
+
+        def arena() -> torch.Tensor:
+            return torch.zeros(num_kv_heads, num_slots, config.head_dim, dtype=dtype, device=device).transpose(0, 1)
+
+        self._layers = [(arena(), arena()) for _ in range(config.num_layers)]
 
     @staticmethod
     def bytes_per_slot(config: ModelConfig, num_kv_heads: int, dtype: torch.dtype) -> int:
@@ -101,6 +105,12 @@ class KVCache:
                 kept = arena[source : source + length]
                 for target in targets:
                     arena[target : target + length] = kept
+
+    def clear(self, start: int, length: int) -> None:
+        """Zeroes ``length`` slots from ``start`` on, in every layer."""
+        for arenas in self._layers:
+            for arena in arenas:
+                arena[start : start + length] = 0
 
     def copy_from(self, other: "KVCache") -> None:
         """Takes over the slots of a smaller cache, at the same places."""

@@ -171,7 +171,8 @@ class Transformer(nn.Module):
     def prepare(self, num_positions: int) -> None:
         """Makes the rotary table long enough for positions below ``num_positions``."""
         if self._cos_sin_P2D.shape[0] < num_positions:
-            self._cos_sin_P2D = cos_sin_table(self.config, num_positions, self.embedding.weight.device)
+            cos, sin = cos_sin_table(self.config, num_positions, self.embedding.weight.device).unbind(1)
+            self._cos_sin_P2D = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), dim=1)
 
     @torch.inference_mode()
     def forward(self, step: Step, plan: AttentionPlan, cache: KVCache | None) -> torch.Tensor:

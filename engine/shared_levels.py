@@ -79,7 +79,10 @@ class SharedLevels:
             cache = self._arena.cache if method.uses_cache else None
             executor = Executor(self._model, cache, layout, tree, placement, resident)
             hidden = executor.prefill()
+            if not bool(hidden.isfinite().all()):
+                raise RuntimeError("the shared level is not kept: its hidden states are not finite")
         except BaseException:
+            self._arena.clear(ranges, starts)
             for start, length in zip(starts, ranges, strict=True):
                 self._arena.free(start, length)
             raise

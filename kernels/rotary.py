@@ -9,10 +9,9 @@ import torch
 def apply_rotary_(x_THD: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor) -> None:
     """Rotates each head of ``x`` in place: element ``d`` pairs with ``d + D/2``.
 
-    ``cos`` and ``sin`` are ``(T, 1, D/2)`` float32; the rotation is computed in float32 and rounded once.
+    ``cos`` is ``(T, 1, D)``, the D/2 angles' cosines twice; ``sin`` their sines, negated in the first half; both
+    float32. The rotation is computed in float32 and rounded once.
     """
     half = x_THD.shape[-1] // 2
-    first, second = x_THD[..., :half].float(), x_THD[..., half:].float()
-    rotated = (first * cos_T1D).addcmul_(second, sin_T1D, value=-1)
-    x_THD[..., half:] = (second * cos_T1D).addcmul_(first, sin_T1D)
-    x_THD[..., :half] = rotated
+    swapped = torch.cat((x_THD[..., half:], x_THD[..., :half]), dim=-1)
+    x_THD.copy_((x_THD * cos_T1D).addcmul_(swapped, sin_T1D))

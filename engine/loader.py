@@ -1,0 +1,280 @@
+"""Loads one rank's part of a model: from a shard directory, a checkpoint, or made up.
+
+Whatever the source, a ``TensorShard`` says what a rank holds, so that the numbers are the same, bit for bit.
+"""
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from engine.checkpoint import CONFIG_FILE, Checkpoint, check_weights, load_config, resolve_model
+from engine.config import ModelConfig
+from engine.distributed import TPGroup
+from engine.dummy import dummy_tensor
+from engine.errors import InputError
+from engine.layers import WeightSlot
+from engine.model import Transformer
+from engine.presets import find_preset
+from engine.sharding import TensorShard, check_world_size
+from engine.shards import ShardDir, open_shards
+
+LoadFormat = Literal["auto", "dummy"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOKENIZER_FILE = "tokenizer.json"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """One rank's part of a model, ready to run."""
+
+    model: Transformer
+    config: ModelConfig  # the model's; its dtype is that of the parameters
+    folder: Path | None  # where the tokenizer's files are, if there are any; None for a preset
+
+
+@dataclass(frozen=True)
+class _Source:
+    config: ModelConfig
+    folder: Path | None
+    read: Callable[[TensorShard], Tensor]  # the shard, with or without its padding
+
+
+def load_model(
+    name: str | Path,
+    group: TPGroup,
+    *,
+    tp_dir: str | Path | None = None,
+    load_format: LoadFormat = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    seed: int = 0,
+) -> LoadedModel:
+    """Loads this rank's part of a model to ``group.device``. Every rank makes the same call; all fail, or none.
+
+    ``name`` is a local folder, a Hub id, or with ``load_format`` "dummy", for random weights that ``seed`` draws, also
+    a preset. With ``tp_dir`` weights, config and tokenizer are those of that shard directory, whose model must have
+    the shapes of ``name``; another name is only warned of. ``dtype`` "auto" is that of the shards or the config.
+    Raises InputError for what cannot be loaded, on every rank the error of the first that failed.
+    """
+    name = str(name)
+    wanted_dtype = _parse_dtype(dtype)
+    if load_format not in ("auto", "dummy"):
+        raise InputError(f"load format {load_format!r} is not known; accepted: auto, dummy")
+    if load_format == "dummy" and tp_dir is not None:
+        raise InputError(f"--load-format dummy reads no weights, --tp-dir {tp_dir} gives some; leave one of them out")
+
+    with ExitStack() as stack:
+
+        def prepare() -> tuple[_Source, Transformer]:
+            """All that can fail soon: headers are checked and memory is taken before anything is read."""
+            if tp_dir is not None:
+                source = _shard_source(Path(tp_dir).expanduser(), name, revision, group, stack)
+            elif load_format == "dummy":
+                source = _dummy_source(name, revision, seed)
+            else:
+                source = _checkpoint_source(name, revision, group, stack)
+            config = replace(source.config, dtype=wanted_dtype or source.config.dtype)
+            return source, _allocate(config, group)
+
+        source, model = _together(group, prepare)
+        _together(group, lambda: _fill(model, source.read))
+    return LoadedModel(model, model.config, source.folder)
+
+
+def find_checkpoint(name: str, revision: str | None, num_ranks: int) -> Path:
+    """The folder of a model's weights, downloaded where they are not there.
+
+    Raises InputError for a model that cannot be had, or cannot be cut for ``num_ranks``: before its weights are
+    downloaded.
+    """
+    config = load_config(resolve_model(name, revision, weights=False))
+    check_world_size(config.num_heads, config.num_kv_heads, config.intermediate_size, num_ranks)
+    return resolve_model(name, revision)
+
+
+def _shard_source(tp_dir: Path, name: str, revision: str | None, group: TPGroup, stack: ExitStack) -> _Source:
+    shards = open_shards(tp_dir)
+    num_splits = shards.manifest.num_splits
+    if num_splits != group.size:
+        raise InputError(
+            f"{tp_dir} holds shards for {num_splits} ranks, but the world size is {group.size}; start {num_splits} "
+            f"(torchrun --nproc_per_node={num_splits}), cut the model again with --num-splits {group.size}, or leave "
+            "--tp-dir out"
+        )
+    if group.rank == 0:
+        _compare(shards, name, revision)
+    file = stack.enter_context(shards.open_rank(group.rank))
+    return _Source(shards.manifest.config, tp_dir, lambda shard: file.get_tensor(shard.name))
+
+
+def _checkpoint_source(name: str, revision: str | None, group: TPGroup, stack: ExitStack) -> _Source:
+    folder = find_checkpoint(name, revision, group.size)
+    config = load_config(folder)
+    checkpoint = stack.enter_context(Checkpoint(folder))
+    check_weights(checkpoint, config)
+
+    def read(shard: TensorShard) -> Tensor:
+        if shard.dim is None:
+            return checkpoint.read(shard.name)
+        return checkpoint.read(shard.name, shard.dim, shard.start, shard.length)
+
+    return _Source(config, folder, read)
+
+
+def _dummy_source(name: str, revision: str | None, seed: int) -> _Source:
+    """A local folder comes before the preset of that name, and a preset before the Hub."""
+    preset = None if (Path(name).expanduser() / CONFIG_FILE).is_file() else find_preset(name)
+    if preset is None:
+        folder = resolve_model(name, revision, weights=False)
+        config = load_config(folder)
+    elif revision is None:
+        folder, config = None, preset
+    else:
+        raise InputError(f"revision {revision!r} has no effect on the preset {name}; leave it out")
+
+    def read(shard: TensorShard) -> Tensor:
+        return shard.cut(dummy_tensor(shard.name, shard.full_shape, config.dtype, seed))
+
+    return _Source(config, folder, read)
+
+
+def _compare(shards: ShardDir, name: str, revision: str | None) -> None:
+    """Sets the model that the user named against the shards that they gave.
+
+    Raises InputError when the two have other shapes or compute other numbers. What is harmless, or cannot be found
+    out, goes to stderr.
+    """
+    manifest, path = shards.manifest, Path(name).expanduser()
+    folder = None
+    try:
+        folder = resolve_model(name, revision, weights=False)
+    except InputError as error:
+        if path.exists():
+            raise
+        print(
+            f"notice: {name} is not at hand; config and tokenizer are those of {shards.folder} ({error})",
+            file=sys.stderr,
+        )
+    config = find_preset(name) if folder is None else load_config(folder)
+    if config is not None:
+        _check_same_model(shards, config, name)
+    if not _is_same_name(manifest.model_name, name):
+        print(
+            f"warning: the weights in {shards.folder} are of {manifest.model_name}; they run, not those of {name}",
+            file=sys.stderr,
+        )
+    if folder is not None and (folder / _TOKENIZER_FILE).is_file() and _TOKENIZER_FILE in manifest.files:
+        named = hashlib.sha256((folder / _TOKENIZER_FILE).read_bytes()).hexdigest()
+        if named != manifest.files[_TOKENIZER_FILE].sha256:
+            print(
+                f"warning: {shards.folder} has another tokenizer than {name}; the directory's is used", file=sys.stderr
+            )
+
+
+def _check_same_model(shards: ShardDir, named: ModelConfig, name: str) -> None:
+    own = shards.manifest.config
+    free = {"dtype", "bos_token_id", "eos_token_ids"}
+    if own.rope.type in ("default", "linear"):
+        free.add("max_position_embeddings")  # the others scale by it
+    for field in fields(ModelConfig):
+        ours, theirs = getattr(own, field.name), getattr(named, field.name)
+        if field.name not in free and ours != theirs:
+            raise InputError(
+                f"{field.name} is {ours} in {shards.folder}, but {theirs} in {name}; accepted: shards of the same "
+                f"model; cut {name} with tools/make_tp_files.py, or name {shards.manifest.model_name}"
+            )
+
+
+def _is_same_name(sharded: str, given: str) -> bool:
+    """Hub ids ignore case; a folder can be spelled in several ways."""
+    a, b = Path(sharded).expanduser(), Path(given).expanduser()
+    return sharded.lower() == given.lower() or (a.is_dir() and b.is_dir() and a.samefile(b))
+
+
+def _parse_dtype(name: str) -> torch.dtype | None:
+    """None for "auto"."""
+    if name != "auto" and name not in _DTYPES:
+        raise InputError(f"dtype {name!r} is not known; accepted: auto, {', '.join(_DTYPES)}")
+    return _DTYPES.get(name)
+
+
+def _allocate(config: ModelConfig, group: TPGroup) -> Transformer:
+    """The model on the group's device, its parameters uninitialised."""
+    try:
+        with _default_dtype(config.dtype), group.device:
+            return Transformer(config, group)
+    except torch.OutOfMemoryError as error:
+        gigabytes = config.num_parameters * config.dtype.itemsize / group.size / 1e9
+        raise InputError(
+            f"a rank's weights take about {gigabytes:,.1f} GB, more than {group.device} has free; use more ranks, a "
+            "smaller dtype or a smaller model"
+        ) from error
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _fill(model: Transformer, read: Callable[[TensorShard], Tensor]) -> None:
+    """Copies every shard to its place; afterwards no parameter is uninitialised."""
+    num_filled = 0
+    for slot in model.weight_slots():
+        _fill_slot(slot, read(slot.shard))
+        num_filled += slot.target.numel()
+    num_elements = sum(parameter.numel() for parameter in model.parameters())
+    assert num_filled == num_elements, f"{num_filled} of {num_elements} elements were loaded"
+
+
+def _fill_slot(slot: WeightSlot, part: Tensor) -> None:
+    """``part`` is the shard, with or without its padding, of any dtype."""
+    shard, target = slot.shard, slot.target
+    dim = shard.dim or 0
+    length = part.shape[dim]
+    assert length in (shard.length, shard.padded_length), f"{shard.name}: {length} of {shard}"
+    real = target.narrow(dim, 0, length)
+    assert real.shape == part.shape, f"{shard.name}: {tuple(part.shape)} for {tuple(real.shape)}"  # copy_ broadcasts
+    real.copy_(part)
+    target.narrow(dim, length, shard.padded_length - length).zero_()
+
+
+def _together(group: TPGroup, action: Callable[[], T]) -> T:
+    """Runs ``action`` on every rank; when it fails on any, raises on all of them, so that none waits for another.
+
+    A user's mistake becomes the same InputError everywhere: that of the first rank that failed.
+    """
+    if group.size == 1:
+        return action()
+    failure: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:  # whatever it is, the other ranks have to hear of it
+        failure = error
+    messages = group.gather_objects(None if failure is None else _described(failure))
+    for rank, message in enumerate(messages):
+        if message is not None:
+            is_mistake, text = message
+            raise (InputError if is_mistake else RuntimeError)(f"rank {rank}: {text}") from failure
+    return result
+
+
+def _described(error: Exception) -> tuple[bool, str]:
+    """Whether the user can put it right, and what to tell."""
+    if isinstance(error, InputError | OSError):
+        return True, str(error)
+    return False, f"{type(error).__name__}: {error}"

@@ -1,0 +1,434 @@
+"""Kept levels, cache sizes, waves and failures: what surrounds a generation changes its cost, never its tokens."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import assert_close, hf_model, our_engine, passes, reference
+from ranks import World
+from strategies import SETTINGS, prompt_sets
+
+from engine.engine import Engine, Levels
+from engine.errors import InputError
+from engine.prefix_tree import build_from_prompts
+from engine.sampling import SamplingParams
+
+METHODS = ["hydragen", "hydragen_noshared"]
+VOCAB_SIZE = 67
+GREEDY = SamplingParams(temperature=0, max_tokens=5)
+
+
+def ids(count: int, seed: int) -> list[int]:
+    return torch.randint(0, VOCAB_SIZE, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+ROOT, LEFT, RIGHT = ids(20, 0), ids(6, 1), ids(3, 2)
+ENDS = [ids(4, 3), [], ids(1, 4), ids(7, 5)]
+WHOLE = [ROOT + LEFT + ENDS[0], ROOT + LEFT + ENDS[1], ROOT + RIGHT + ENDS[2], ROOT + RIGHT + ENDS[3]]
+LEVELS = Levels([[ROOT], [LEFT, RIGHT], ENDS])
+
+
+@pytest.fixture(scope="module")
+def hf():
+    return hf_model("qwen3")
+
+
+@pytest.fixture
+def engine(hf) -> Engine:
+    return our_engine(hf)
+
+
+def tokens(results):
+    return [[r.token_ids for r in samples] for samples in results]
+
+
+def check(hf, prompts, results):
+    """Logits of every step, and so the greedy tokens, are those of transformers on the whole sequences."""
+    expected = reference(hf, [p + r.token_ids for p, (r,) in zip(prompts, results, strict=True)])
+    for prompt, (r,), whole in zip(prompts, results, expected, strict=True):
+        logits = whole.logits[len(prompt) - 1 : -1]
+        assert_close(torch.stack(r.logits), logits)
+        assert r.token_ids == logits.argmax(-1).tolist()
+
+
+def num_prefilled(seen, batch_size):
+    """Tokens of the passes that are no decode steps of a batch of this size (with fewer tokens than any prefill)."""
+    return sum(p.num_tokens for p in seen if p.num_tokens > batch_size)
+
+
+# --- kept levels ---
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("append_with", METHODS)
+def test_kept_levels_are_not_computed_again(hf, engine, append_with, method):
+    logits = engine.append_shared([ROOT], attention=append_with)
+    assert_close(logits, reference(hf, [ROOT])[0].logits[-1:])
+    logits = engine.append_shared([LEFT, RIGHT], attention=append_with)
+    assert_close(logits, torch.stack([r.logits[-1] for r in reference(hf, [ROOT + LEFT, ROOT + RIGHT])]))
+    assert (engine.num_shared_levels, engine.arena.num_used) == (2, 29)
+    for _ in range(2):
+        with passes(engine.model) as seen:
+            results = engine.generate(
+                ENDS, GREEDY, attention=method, shared_cache_op="preserve", return_logits=True
+            )
+        check(hf, WHOLE, results)
+        assert [p.num_tokens for p in seen] == [12, 4, 4, 4, 4]
+        assert (engine.num_shared_levels, engine.arena.num_used) == (2, 29)
+
+
+def test_levels_given_at_once_equal_levels_kept_and_prompts(hf, engine):
+    for method in METHODS:
+        for given in (LEVELS, Levels(LEVELS.levels, [[0, 0], [0, 0, 1, 1]]), WHOLE):
+            check(hf, WHOLE, engine.generate(given, GREEDY, attention=method, return_logits=True))
+
+
+def test_prompts_below_kept_levels_can_have_levels_of_their_own(hf, engine):
+    engine.append_shared([ROOT])
+    below = Levels([[LEFT, RIGHT], [ENDS[3], ENDS[0], ENDS[2]]], [[1, 0, 1]])
+    results = engine.generate(below, GREEDY, shared_cache_op="preserve", return_logits=True)
+    check(hf, [ROOT + RIGHT + ENDS[3], ROOT + LEFT + ENDS[0], ROOT + RIGHT + ENDS[2]], results)
+    assert engine.arena.num_used == len(ROOT)
+
+
+def test_appended_entries_name_their_parents_in_any_order(hf, engine):
+    engine.append_shared([ROOT, LEFT])
+    logits = engine.append_shared([RIGHT, ENDS[0], LEFT], parents=[1, 0, 1])
+    above = [LEFT + RIGHT, ROOT + ENDS[0], LEFT + LEFT]
+    assert_close(logits, torch.stack([r.logits[-1] for r in reference(hf, above)]))
+    results = engine.generate([[1], [2], [3]], GREEDY, shared_cache_op="preserve", return_logits=True)
+    check(hf, [above[0] + [1], above[1] + [2], above[2] + [3]], results)
+
+
+def test_equal_entries_are_kept_once(hf, engine):
+    logits = engine.append_shared([ROOT, LEFT, ROOT])
+    assert engine.arena.num_used == len(ROOT) + len(LEFT)
+    assert torch.equal(logits[0], logits[2])
+    results = engine.generate(
+        [[1], [2], [3]], GREEDY, shared_cache_op="preserve", return_logits=True, attention="hydragen"
+    )
+    check(hf, [ROOT + [1], LEFT + [2], ROOT + [3]], results)
+
+
+def test_truncate_and_empty(hf, engine):
+    for level in ([ROOT], [LEFT, RIGHT], [[1], [2], [3], [4]]):
+        engine.append_shared(level)
+    assert engine.arena.num_used == 33
+    engine.truncate_shared(2)
+    assert (engine.num_shared_levels, engine.arena.num_used) == (2, 29)
+    check(hf, WHOLE, engine.generate(ENDS, GREEDY, shared_cache_op="preserve", return_logits=True))
+    engine.truncate_shared(1)
+    results = engine.generate([LEFT + [9]], GREEDY, shared_cache_op="preserve", return_logits=True)
+    check(hf, [ROOT + LEFT + [9]], results)
+    engine.empty_shared()
+    assert (engine.num_shared_levels, engine.arena.num_used) == (0, 0)
+    results = engine.generate([LEFT], GREEDY, shared_cache_op="preserve", return_logits=True)
+    check(hf, [LEFT], results)
+
+
+def test_wipe_is_the_default_and_forgets(hf, engine):
+    engine.append_shared([ROOT])
+    check(hf, [LEFT], engine.generate([LEFT], GREEDY, return_logits=True))
+    assert (engine.num_shared_levels, engine.arena.num_used) == (0, 0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_extend_keeps_the_prompts(hf, engine, method):
+    engine.append_shared([ROOT], attention=method)
+    options = {"attention": method, "return_logits": True}
+    results = engine.generate([LEFT, RIGHT], GREEDY, shared_cache_op="extend", **options)
+    check(hf, [ROOT + LEFT, ROOT + RIGHT], results)
+    assert (engine.num_shared_levels, engine.arena.num_used) == (2, 29)
+    with passes(engine.model) as seen:
+        results = engine.generate(ENDS, GREEDY, shared_cache_op="preserve", **options)
+    check(hf, WHOLE, results)
+    assert seen[0].num_tokens == 12
+    results = engine.generate(Levels([[[1], [2]], [[3]] * 4]), GREEDY, shared_cache_op="extend", **options)
+    check(hf, [ROOT + LEFT + [1, 3]] * 2 + [ROOT + RIGHT + [2, 3]] * 2, results)
+    assert (engine.num_shared_levels, engine.arena.num_used) == (4, 33)
+
+
+def test_extend_with_nothing_kept_starts_the_levels(hf, engine):
+    results = engine.generate([ROOT, LEFT], GREEDY, shared_cache_op="extend", return_logits=True)
+    check(hf, [ROOT, LEFT], results)
+    assert engine.num_shared_levels == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_samples_below_kept_levels(engine, method):
+    params = SamplingParams(n=3, max_tokens=4)
+    expected = engine.generate(WHOLE, params)
+    engine.append_shared([ROOT])
+    engine.append_shared([LEFT, RIGHT])
+    results = engine.generate(ENDS, params, attention=method, shared_cache_op="preserve")
+    assert tokens(results) == tokens(expected)
+
+
+def test_noattention_levels_hold_nothing_that_others_could_read(engine):
+    engine.append_shared([ROOT], attention="noattention")
+    assert engine.arena.num_used == 0
+    engine.generate([[1]], GREEDY, attention="noattention", shared_cache_op="preserve")
+    with pytest.raises(InputError, match="'noattention', which keeps no keys for 'hydragen' to read; empty them"):
+        engine.generate([[1]], GREEDY, shared_cache_op="preserve")
+    assert engine.num_shared_levels == 1
+    engine.generate([[1]], GREEDY)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda e: e.append_shared([[1], [2], [3]]), "3 prompts do not divide evenly over the 2"),
+        (lambda e: e.append_shared([]), "0 prompts do not divide evenly over the 2"),
+        (lambda e: e.append_shared([[1], [2]], parents=[0, 0]), "level 0, entry 1: got nothing below it"),
+        (lambda e: e.append_shared([[1], [67]]), "holds token id 67"),
+        (lambda e: e.append_shared([[1], [2] * 250]), "has 270 tokens"),
+        (lambda e: e.append_shared([[1], [2]], attention="none"), "attention method 'none' is not known"),
+        (lambda e: e.truncate_shared(2), "cannot keep 2 shared levels; accepted: 0 to 1"),
+        (lambda e: e.truncate_shared(-1), "cannot keep -1 shared levels"),
+        (lambda e: e.generate([[1]], GREEDY, shared_cache_op="preserve"), "1 prompts do not divide evenly over the 2"),
+        (lambda e: e.generate([], GREEDY, shared_cache_op="preserve"), "0 prompts do not divide evenly over the 2"),
+        (lambda e: e.generate([], GREEDY, shared_cache_op="extend"), "0 prompts do not divide evenly over the 2"),
+        (lambda e: e.generate(Levels([]), GREEDY, shared_cache_op="extend"), "Levels: got no level"),
+        (lambda e: Levels([[[1]], [[2]]], parents=[]), "Levels: got parents for 0 levels; accepted: for 1"),
+        (
+            lambda e: e.generate(Levels([[[1], [2]], []]), GREEDY, shared_cache_op="preserve"),
+            "0 prompts do not divide evenly over the 2",
+        ),
+        (
+            lambda e: e.generate(Levels([[], [[1]]]), GREEDY, shared_cache_op="preserve"),
+            "0 prompts do not divide evenly over the 2",
+        ),
+        # These fail after a level was appended, or could have been.
+        (lambda e: e.generate([[1], [2] * 230], GREEDY, shared_cache_op="extend"), "has 250 tokens and is to get 5"),
+        (lambda e: e.generate([[1], [2]], [GREEDY], shared_cache_op="extend"), "1 SamplingParams for 2 prompts"),
+        (lambda e: e.generate(Levels([[[1], [2]], [[3]]]), GREEDY, shared_cache_op="extend"), "1 prompts do not divide"),
+    ],
+)
+def test_kept_levels_survive_a_mistake(hf, engine, call, message):
+    engine.append_shared([ROOT, ids(20, 8)])
+    with pytest.raises(InputError) as error:
+        call(engine)
+    assert message in str(error.value) and "accepted: " in str(error.value) and "\n" not in str(error.value)
+    assert (engine.num_shared_levels, engine.arena.num_used) == (1, 40)
+    results = engine.generate([LEFT, RIGHT], GREEDY, shared_cache_op="preserve", return_logits=True)
+    check(hf, [ROOT + LEFT, ids(20, 8) + RIGHT], results)
+
+
+def test_parents_of_a_first_level_are_refused(engine):
+    with pytest.raises(InputError, match="parents were given for the first level"):
+        engine.append_shared([ROOT], parents=[0])
+
+
+# --- starting logits, hierarchy ---
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_starting_logits_equal_computing_them(engine, method):
+    params = [SamplingParams(n=2, max_tokens=5, logprobs=0), SamplingParams(temperature=0, max_tokens=3)] * 2
+    expected = engine.generate(WHOLE, params, attention=method, return_logits=True)
+    logits = torch.stack([samples[0].logits[0] for samples in expected])
+    results = engine.generate(WHOLE, params, attention=method, starting_logits=logits, return_logits=True)
+    assert tokens(results) == tokens(expected)
+    assert results[0][1].logprobs == pytest.approx(expected[0][1].logprobs)
+    assert torch.equal(results[2][1].logits[0], logits[2])
+
+
+def test_the_first_token_is_chosen_from_the_starting_logits(hf, engine):
+    """In the caller's order, whatever the tree's, and cut to each rank's part of the vocabulary."""
+    prompts = [LEFT, ROOT, LEFT + [1], ROOT + [2]]
+    chosen = [66, 0, 33, 34]
+    logits = torch.zeros(4, VOCAB_SIZE)
+    logits[range(4), chosen] = 1.0
+
+    def work(group):
+        model_engine = our_engine(hf, group)
+        model_engine.max_batch_size = 3
+        return model_engine.generate(prompts, GREEDY, starting_logits=logits)
+
+    for size in (1, 4):
+        for results in World(size).run(work):
+            assert [r.token_ids[0] for (r,) in results] == chosen
+            expected = reference(hf, [p + [c] for p, c in zip(prompts, chosen, strict=True)])
+            assert [r.token_ids[1] for (r,) in results] == [int(w.logits[-1].argmax()) for w in expected]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_disabled_hierarchy_shares_the_roots_only(hf, engine, method):
+    with passes(engine.model) as seen:
+        results = engine.generate(LEVELS, GREEDY, attention=method, disable_hierarchy=True, return_logits=True)
+    check(hf, WHOLE, results)
+    unshared = sum(len(prompt) - len(ROOT) for prompt in WHOLE)
+    assert [p.num_tokens for p in seen] == [len(ROOT), unshared, 4, 4, 4, 4]
+    engine.append_shared([ROOT])
+    engine.append_shared([LEFT, RIGHT])
+    options = {"attention": method, "shared_cache_op": "preserve", "return_logits": True}
+    with passes(engine.model) as seen:
+        results = engine.generate(ENDS, GREEDY, disable_hierarchy=True, **options)
+    check(hf, WHOLE, results)
+    assert seen[0].num_tokens == unshared  # the root is there already
+
+
+# --- room ---
+
+
+def test_a_cache_that_is_too_small_says_what_was_needed(engine):
+    engine.setup_caches(30)
+    assert (engine.arena.capacity, engine.arena.max_tokens) == (30, 30)
+    with pytest.raises(InputError) as error:
+        engine.generate([[1], ids(40, 6)], SamplingParams(n=2, temperature=0, max_tokens=5))
+    assert str(error.value) == (
+        "prompt 1 needs room for 44 tokens in the KV cache; there is room for 30; set up a larger cache"
+    )
+    assert engine.arena.num_used == 0
+    with pytest.raises(InputError, match="^the shared level needs room for 31 tokens .* there is room for 30; "):
+        engine.append_shared([ids(31, 6)])
+    engine.append_shared([ROOT])
+    with pytest.raises(InputError, match=r"there is room for 10 \(20 more are held by kept levels\); set up a larger"):
+        engine.generate([LEFT + RIGHT], GREEDY, shared_cache_op="preserve")
+    assert engine.arena.num_used == len(ROOT)
+    engine.setup_caches(13)
+    assert engine.num_shared_levels == 0
+    engine.generate([LEFT + RIGHT], GREEDY)  # 9 tokens, and 4 of the 5 new ones, whose last is never read
+    assert engine.arena.capacity == 13
+
+
+def test_sizes_that_cannot_be_set_up(engine):
+    with pytest.raises(InputError, match="was given 0 tokens; accepted: 1 or more"):
+        engine.setup_caches(0)
+    with pytest.raises(InputError, match=r"needs \d+\.\d\d GiB on each rank; accepted: at most \d+ tokens"):
+        engine.setup_caches(10**12)
+
+
+def test_without_a_set_up_the_cache_grows_and_keeps_what_it_holds(hf, engine):
+    engine.append_shared([ROOT])
+    small = engine.arena.capacity
+    results = engine.generate([ids(60, 1), ids(60, 2)], GREEDY, shared_cache_op="preserve", return_logits=True)
+    check(hf, [ROOT + ids(60, 1), ROOT + ids(60, 2)], results)
+    assert engine.arena.capacity > small
+    engine.release_caches()
+    assert (engine.arena.capacity, engine.arena.cache, engine.num_shared_levels) == (0, None, 0)
+    check(hf, [LEFT], engine.generate([LEFT], GREEDY, return_logits=True))
+
+
+# --- waves ---
+
+
+@pytest.mark.parametrize("max_batch_size", [1, 2, 3])
+def test_a_shared_stretch_is_prefilled_once_over_all_waves(engine, max_batch_size):
+    prompts = [ROOT + branch + end for branch in (LEFT, RIGHT) for end in (ids(4, 1), ids(5, 2), ids(6, 3))]
+    once = engine.generate(prompts, GREEDY)
+    engine.max_batch_size = max_batch_size
+    with passes(engine.model) as seen:
+        results = engine.generate(prompts, GREEDY)
+    assert tokens(results) == tokens(once)
+    assert num_prefilled(seen, max_batch_size) == 20 + 6 + 3 + 2 * (4 + 5 + 6)
+    assert len(seen) > 3 * 2 and engine.arena.num_used == 0
+
+
+def test_any_arena_that_holds_each_prompt_alone_serves_them_all(hf):
+    """However the nodes that waves pass on lie in it."""
+    engine = our_engine(hf)
+    num_waves = []
+
+    @given(prompt_sets(VOCAB_SIZE), st.integers(0, 12), st.integers(1, 2), st.sampled_from(METHODS))
+    @settings(SETTINGS, max_examples=80)
+    def check_any(prompts, spare, n, method):
+        params = SamplingParams(n=n, max_tokens=3)
+        engine.release_caches()
+        expected = engine.generate(prompts, params)
+        engine.setup_caches(max(len(prompt) for prompt in prompts) + params.max_tokens - 1 + spare)
+        calls = []
+        results = engine.generate(prompts, params, attention=method, on_tokens=lambda *call: calls.append(call))
+        assert tokens(results) == tokens(expected)
+        assert engine.arena.num_used == 0
+        num_waves.append(len(calls) // 3)
+
+    check_any()
+    assert max(num_waves) > 10
+
+
+def test_waves_below_kept_levels(hf, engine):
+    engine.setup_caches(29 + 11)
+    engine.append_shared([ROOT])
+    engine.append_shared([LEFT, RIGHT])
+    for method, room in (("hydragen", 40), ("hydragen_noshared", 29 + 34)):
+        engine.setup_caches(room)
+        engine.append_shared([ROOT])
+        engine.append_shared([LEFT, RIGHT])
+        with passes(engine.model) as seen:
+            results = engine.generate(
+                ENDS, GREEDY, attention=method, shared_cache_op="preserve", return_logits=True
+            )
+        check(hf, WHOLE, results)
+        assert len(seen) > 5 and engine.arena.num_used == 29
+
+
+# --- failures ---
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("max_batch_size", [1, 1024])
+def test_a_failure_in_the_middle_leaves_no_trace(hf, engine, method, max_batch_size):
+    """Tokens that make NaN in one prompt; afterwards nothing is in use, and later calls read none of it."""
+    engine.max_batch_size = max_batch_size
+    healthy = [row.clone() for row in engine.model.embedding.weight[:2]]
+    prompts = [[5] * n for n in (9, 3, 14, 2)]
+    expected = engine.generate(prompts, GREEDY, attention=method)
+    engine.append_shared([ROOT])
+    for _ in range(2):
+        engine.model.embedding.weight[0] = float("nan")
+        with pytest.raises(RuntimeError, match="no token can be chosen, its logits hold NaN"):
+            engine.generate(
+                [[7] * 5, [7] * 9, [7] * 5 + [0] * 9],
+                GREEDY,
+                attention=method,
+                shared_cache_op="preserve",
+            )
+        with pytest.raises(RuntimeError, match="the shared level is not kept"):
+            engine.append_shared([[0] * 30])
+        engine.model.embedding.weight[0] = healthy[0]
+        assert (engine.num_shared_levels, engine.arena.num_used) == (1, len(ROOT))
+    results = engine.generate([LEFT], GREEDY, attention=method, shared_cache_op="preserve", return_logits=True)
+    check(hf, [ROOT + LEFT], results)
+    assert tokens(engine.generate(prompts, GREEDY, attention=method)) == tokens(expected)
+    assert engine.arena.num_used == 0
+
+
+def test_a_callback_that_raises_stops_the_call(hf, engine):
+    engine.max_batch_size = 2
+    calls = []
+
+    def stop_in_the_second_wave(*call):
+        calls.append(call)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(WHOLE, GREEDY, on_tokens=stop_in_the_second_wave)
+    assert engine.arena.num_used == 0
+    check(hf, WHOLE, engine.generate(WHOLE, GREEDY, return_logits=True))
+
+
+def test_an_error_on_one_rank_is_raised_and_hangs_nobody(hf):
+    def work(group):
+        engine = our_engine(hf, group)
+        if group.rank == 1:
+            engine.model.layers[1].mlp.down_proj.weight = None
+        engine.generate(WHOLE, GREEDY)
+
+    with pytest.raises(TypeError):
+        World(4).run(work)
+
+
+def test_every_prompt_set_leaves_the_arena_empty_and_shares_what_the_tree_shares(engine):
+    @given(prompt_sets(VOCAB_SIZE))
+    @settings(SETTINGS, max_examples=30)
+    def check_any(prompts):
+        tree = build_from_prompts(prompts)
+        with passes(engine.model) as seen:
+            engine.generate(prompts, SamplingParams(temperature=0, max_tokens=1))
+        nodes, suffixes = sum(len(n.tokens) for n in tree.nodes), sum(len(s) for s in tree.suffixes)
+        assert sum(p.num_tokens for p in seen) == nodes + suffixes
+        assert engine.arena.num_used == 0
+
+    check_any()
