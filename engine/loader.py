@@ -5,6 +5,7 @@ Whatever the source, a ``TensorShard`` says what a rank holds, so that the numbe
 
 import hashlib
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
@@ -29,6 +30,7 @@ LoadFormat = Literal["auto", "dummy"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILE = "tokenizer.json"
+_default_dtype_lock = threading.Lock()  # the default dtype is the process's, not the thread's
 
 T = TypeVar("T")
 
@@ -89,6 +91,25 @@ def load_model(
         source, model = _together(group, prepare)
         _together(group, lambda: _fill(model, source.read))
     return LoadedModel(model, model.config, source.folder)
+
+
+def read_config(
+    name: str | Path,
+    *,
+    tp_dir: str | Path | None = None,
+    load_format: LoadFormat = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+) -> ModelConfig:
+    """The config that ``load_model`` would give the model, its ``dtype`` included; no weights are read or downloaded."""
+    name, wanted_dtype = str(name), _parse_dtype(dtype)
+    if tp_dir is not None:
+        config = open_shards(Path(tp_dir).expanduser()).manifest.config
+    elif load_format == "dummy":
+        config = _dummy_source(name, revision, 0).config
+    else:
+        config = load_config(resolve_model(name, revision, weights=False))
+    return replace(config, dtype=wanted_dtype or config.dtype)
 
 
 def find_checkpoint(name: str, revision: str | None, num_ranks: int) -> Path:
@@ -223,12 +244,13 @@ def _allocate(config: ModelConfig, group: TPGroup) -> Transformer:
 
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+    with _default_dtype_lock:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 def _fill(model: Transformer, read: Callable[[TensorShard], Tensor]) -> None:

@@ -15,7 +15,7 @@ from engine.bench.synth import Sweep, print_plan, run_sweep
 from engine.cli import make_app, run
 from engine.distributed import init_group
 from engine.errors import InputError
-from engine.loader import load_model_config
+from engine.loader import read_config
 
 app = make_app()
 
@@ -84,10 +84,8 @@ def synth(
     console = Console(quiet=group.rank != 0)
     try:
         if dry_run:
-            config, chosen = load_model_config(
-                model_name, tp_dir=tp_dir, load_format=load_format, dtype=dtype, revision=revision
-            )
-            print_plan(sweep, config, chosen, tp or group.size, console)
+            config = read_config(model_name, tp_dir=tp_dir, load_format=load_format, dtype=dtype, revision=revision)
+            print_plan(sweep, config, tp or group.size, console)
             return
         if mode in METHODS and tp not in (None, group.size):
             raise InputError(

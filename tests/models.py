@@ -144,6 +144,11 @@ class Pass:
     def num_tokens(self) -> int:
         return len(self.step.tokens_T)
 
+    @property
+    def is_prefill(self) -> bool:
+        """Of a decode step the hidden states of all tokens are wanted."""
+        return self.step.rows_R is not None
+
 
 @contextmanager
 def passes(model: Transformer) -> Iterator[list[Pass]]:

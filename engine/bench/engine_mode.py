@@ -28,12 +28,11 @@ class EngineMode:
             seed=options.seed,
         )
         self.config = loaded.config
-        self.dtype = loaded.model.embedding.weight.dtype
         self.engine = Engine(loaded.model)
         self._batch_size = 0
 
     def footprint(self, cell: Cell) -> Footprint:
-        return footprint(self.config, self.dtype, self.group.size, cell)
+        return footprint(self.config, self.group.size, cell)
 
     def set_up(self, cell: Cell) -> None:
         self._batch_size = cell.batch_size

@@ -8,12 +8,10 @@ import torch
 from engine.bench.memory_model import Footprint, footprint
 from engine.bench.modes import ModelOptions
 from engine.bench.results import Cell
-from engine.checkpoint import load_config, resolve_model
 from engine.distributed import TPGroup
 from engine.dummy import dummy_tensor
 from engine.errors import InputError
-from engine.loader import resolve_dtype
-from engine.presets import find_preset
+from engine.loader import find_checkpoint, read_config
 from engine.sampling import greedy
 
 
@@ -28,17 +26,17 @@ class HFMode:
         self._transformers = transformers
         transformers.logging.set_verbosity_error()
         self.group = group
+        self.config = read_config(
+            options.name, load_format=options.load_format, dtype=options.dtype, revision=options.revision
+        )
         if options.load_format == "dummy":
-            preset = find_preset(options.name)
-            self.config = preset or load_config(resolve_model(options.name, options.revision, weights=False))
-            self.dtype = resolve_dtype(options.dtype, self.config.dtype)
             self.model = self._random_model(options.seed)
         else:
-            folder = resolve_model(options.name, options.revision)
-            self.config = load_config(folder)
-            self.dtype = resolve_dtype(options.dtype, self.config.dtype)
             self.model = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=self.dtype, attn_implementation="sdpa", local_files_only=True
+                find_checkpoint(options.name, options.revision, 1),
+                dtype=self.config.dtype,
+                attn_implementation="sdpa",
+                local_files_only=True,
             ).to(group.device)
         self.model.eval()
 
@@ -48,10 +46,10 @@ class HFMode:
         hf_config = self._transformers.AutoConfig.for_model(**raw)
         with torch.device(self.group.device):
             model = self._transformers.AutoModelForCausalLM.from_config(
-                hf_config, dtype=self.dtype, attn_implementation="sdpa"
+                hf_config, dtype=self.config.dtype, attn_implementation="sdpa"
             )
         for name, parameter in model.named_parameters():
-            parameter.data.copy_(dummy_tensor(name, tuple(parameter.shape), self.dtype, seed))
+            parameter.data.copy_(dummy_tensor(name, tuple(parameter.shape), self.config.dtype, seed))
         return model
 
     def footprint(self, cell: Cell) -> Footprint:
@@ -59,7 +57,7 @@ class HFMode:
 
         Growing the cache by a token copies one layer's keys or values of the batch, which comes on top.
         """
-        base = footprint(self.config, self.dtype, 1, cell)
+        base = footprint(self.config, 1, cell)
         return Footprint(base.weights, base.cache, base.activations + base.cache // (2 * self.config.num_layers))
 
     def set_up(self, cell: Cell) -> None:
@@ -73,7 +71,6 @@ class HFMode:
         self._cache = out.past_key_values
         self._cache.batch_repeat_interleave(self._batch_size)
         self._logits = out.logits[:, -1].repeat(self._batch_size, 1)
-        self._num_shared = len(prompt)
 
     @torch.inference_mode()
     def generate(self, num_tokens: int) -> None:
@@ -84,7 +81,7 @@ class HFMode:
                 break
             logits = self.model(tokens[:, None], past_key_values=self._cache, use_cache=True).logits[:, -1]
         if num_tokens > 1:
-            self._cache.crop(self._num_shared)
+            self._cache.crop(-(num_tokens - 1))  # back to the prompt; its keys stay where they are
 
     def release(self) -> None:
         self._cache = self._logits = None

@@ -40,11 +40,12 @@ def cache_tokens(cell: Cell) -> int:
     return cell.num_shared + cell.batch_size * (cell.num_shared + own)
 
 
-def footprint(config: ModelConfig, dtype: torch.dtype, world_size: int, cell: Cell) -> Footprint:
-    """What ``cell`` needs on each of ``world_size`` ranks.
+def footprint(config: ModelConfig, world_size: int, cell: Cell) -> Footprint:
+    """What ``cell`` needs on each of ``world_size`` ranks, in the config's dtype.
 
     Raises InputError for a world size that the model cannot be cut into.
     """
+    dtype = config.dtype
     with torch.device("meta"):
         model = Transformer(config, TPGroup(0, world_size, "meta"))
     per_token = KVCache.bytes_per_slot(config, model.num_kv_heads, dtype)

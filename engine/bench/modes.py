@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch
 
 from engine.attention import METHODS
 from engine.bench.memory_model import Footprint
@@ -37,8 +36,7 @@ class ModelOptions:
 class Mode(Protocol):
     """One system with a loaded model."""
 
-    config: ModelConfig
-    dtype: torch.dtype
+    config: ModelConfig  # its dtype is the one that the mode runs in
 
     def footprint(self, cell: Cell) -> Footprint | None:
         """Bytes that each rank needs for the cell; None where this mode does not know."""

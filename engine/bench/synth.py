@@ -51,7 +51,7 @@ def run_sweep(sweep: Sweep, group: TPGroup, tp: int, console: Console) -> None:
         return
     console.print(f"Loading {sweep.model.name} for mode {sweep.mode} ...")
     mode = make_mode(sweep.mode, sweep.model, group, tp)
-    environment = describe_environment(group.device, mode.dtype, tp if sweep.mode.startswith("vllm") else group.size)
+    environment = describe_environment(group.device, mode.config.dtype, tp if sweep.mode.startswith("vllm") else group.size)
     message = group.broadcast(_foreign_results(sweep, environment["dtype"]) if group.rank == 0 else None)
     if message:
         raise InputError(message)
@@ -181,7 +181,7 @@ def _with_roofline(result: CellResult, mode: Mode, group: TPGroup, ceilings: dic
         return result
     if cell.batch_size not in ceilings:
         group.barrier()
-        ceilings[cell.batch_size] = measure_ceilings(group.device, mode.dtype, rows=cell.batch_size)
+        ceilings[cell.batch_size] = measure_ceilings(group.device, mode.config.dtype, rows=cell.batch_size)
     cost = decode_step_cost(
         cell.mode,
         batch=cell.batch_size,
@@ -195,7 +195,7 @@ def _with_roofline(result: CellResult, mode: Mode, group: TPGroup, ceilings: dic
         head_dim=config.head_dim,
         vocab_size=config.vocab_size,
         world_size=group.size,
-        bytes_per_element=mode.dtype.itemsize,
+        bytes_per_element=mode.config.dtype.itemsize,
     )
     return replace(
         result,
@@ -205,13 +205,13 @@ def _with_roofline(result: CellResult, mode: Mode, group: TPGroup, ceilings: dic
     )
 
 
-def print_plan(sweep: Sweep, config: ModelConfig, dtype: torch.dtype, world_size: int, console: Console) -> None:
+def print_plan(sweep: Sweep, config: ModelConfig, world_size: int, console: Console) -> None:
     """The grid with each cell's predicted memory per rank. Runs nothing."""
-    table = Table(title=f"{sweep.mode}: {sweep.model.name}, {dtype}, {world_size} rank(s); GiB per rank")
+    table = Table(title=f"{sweep.mode}: {sweep.model.name}, {config.dtype}, {world_size} rank(s); GiB per rank")
     for column in ("batch", "shared", "unique", "weights", "KV cache", "activations", "total", "result"):
         table.add_column(column, justify="right")
     for cell in sweep.cells:
-        need = footprint(config, dtype, world_size, cell)
+        need = footprint(config, world_size, cell)
         sizes = [f"{size / 2**30:.3f}" for size in (need.weights, need.cache, need.activations, need.total)]
         done = "there already" if is_finished(sweep.outdir, cell) else "to be run"
         table.add_row(str(cell.batch_size), str(cell.num_shared), str(cell.num_unique), *sizes, done)

@@ -5,10 +5,10 @@ import torch
 from engine.bench.memory_model import Footprint
 from engine.bench.modes import ModelOptions
 from engine.bench.results import Cell
-from engine.checkpoint import load_config, resolve_model
+from engine.checkpoint import resolve_model
 from engine.distributed import TPGroup
 from engine.errors import InputError
-from engine.loader import resolve_dtype
+from engine.loader import read_config
 
 
 class VLLMMode:
@@ -24,12 +24,11 @@ class VLLMMode:
             ) from None
         self._vllm, self._detokenize = vllm, detokenize
         folder = resolve_model(options.name, options.revision, weights=options.load_format != "dummy")
-        self.config = load_config(folder)
-        self.dtype = resolve_dtype(options.dtype, self.config.dtype)
+        self.config = read_config(folder, dtype=options.dtype)
         self.llm = vllm.LLM(
             str(folder),
             tensor_parallel_size=tp,
-            dtype=str(self.dtype).removeprefix("torch."),
+            dtype=str(self.config.dtype).removeprefix("torch."),
             load_format=options.load_format,
             enable_prefix_caching=True,
             seed=options.seed,

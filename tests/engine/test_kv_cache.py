@@ -1,0 +1,140 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import hf_model
+from strategies import SETTINGS
+
+from engine.config import ModelConfig
+from engine.kv_cache import KVCache, SlotAllocator
+
+# --- slots ---
+
+
+class PlainAllocator:
+    """The reference: one flag a slot."""
+
+    def __init__(self, capacity):
+        self.taken = [False] * capacity
+
+    def allocate(self, length):
+        for start in range(len(self.taken) - length + 1):
+            if not any(self.taken[start : start + length]):
+                self.mark(start, length, True)
+                return start
+        return None
+
+    def mark(self, start, length, taken):
+        assert all(t != taken for t in self.taken[start : start + length])
+        self.taken[start : start + length] = [taken] * length
+
+
+OPERATIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("allocate"), st.integers(0, 9)),
+        st.tuples(st.just("allocate_all"), st.lists(st.integers(0, 7), max_size=5)),
+        st.tuples(st.just("free"), st.integers(0, 1000)),
+        st.tuples(st.just("grow"), st.integers(0, 6)),
+        st.tuples(st.just("copy"), st.just(None)),
+    ),
+    max_size=60,
+)
+
+
+@given(st.integers(0, 20), OPERATIONS)
+@settings(SETTINGS, max_examples=200)
+def test_first_fit_is_that_of_a_list_of_flags(capacity, operations):
+    allocator, plain = SlotAllocator(capacity), PlainAllocator(capacity)
+    held = []
+    for name, value in operations:
+        if name == "allocate":
+            start = allocator.allocate(value)
+            assert start == plain.allocate(value)
+            held += [(start, value)] if start is not None else []
+        elif name == "allocate_all":
+            before = list(plain.taken)
+            starts = allocator.allocate_all(value)
+            expected = [plain.allocate(length) for length in value]
+            if None in expected:
+                plain.taken, expected = before, None
+            assert starts == expected
+            held += zip(starts, value, strict=True) if starts is not None else []
+        elif name == "free" and held:
+            start, length = held.pop(value % len(held))
+            allocator.free(start, length)
+            plain.mark(start, length, False)
+        elif name == "grow":
+            allocator.grow(allocator.capacity + value)
+            plain.taken += [False] * value
+        elif name == "copy":
+            trial = allocator.copy()
+            trial.grow(trial.capacity + 50)
+            assert trial.allocate(50) is not None and trial.num_free >= allocator.num_free
+        assert (allocator.capacity, allocator.num_free) == (len(plain.taken), plain.taken.count(False))
+    for start, length in held:
+        allocator.free(start, length)
+    # Whatever the order of giving back, the free ranges join to one.
+    assert allocator.allocate(allocator.capacity) == 0 and allocator.num_free == 0
+
+
+# --- keys and values ---
+
+
+@pytest.fixture
+def config():
+    return ModelConfig.from_hf(hf_model().config.to_dict())
+
+
+def contents(cache, config):
+    return [[arena.clone() for arena in cache.layer(index)] for index in range(config.num_layers)]
+
+
+def filled(config, num_slots):
+    cache = KVCache(config, 2, num_slots, torch.float32, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    for index in range(config.num_layers):
+        k, v = torch.randn(2, num_slots, 2, config.head_dim, generator=generator)
+        cache.write(index, torch.arange(num_slots), k, v)
+    return cache
+
+
+def test_slots_are_finite_before_they_are_written(config):
+    cache = KVCache(config, 2, 5, torch.bfloat16, torch.device("cpu"))
+    for keys, values in contents(cache, config):
+        assert keys.shape == values.shape == (5, 2, config.head_dim) and keys.dtype == torch.bfloat16
+        assert not keys.any() and not values.any()
+    assert KVCache.bytes_per_slot(config, 2, torch.bfloat16) * 5 == sum(
+        arena.nbytes for layer in contents(cache, config) for arena in layer
+    )
+
+
+def test_tokens_go_to_their_slots(config):
+    cache = filled(config, 6)
+    before = contents(cache, config)
+    k, v = torch.randn(2, 2, 2, config.head_dim)
+    cache.write(1, torch.tensor([4, 1]), k, v)
+    for arena, old, new in zip(cache.layer(1), before[1], (k, v), strict=True):
+        assert torch.equal(arena[[4, 1]], new) and torch.equal(arena[[0, 2, 3, 5]], old[[0, 2, 3, 5]])
+    assert all(torch.equal(a, b) for a, b in zip(cache.layer(0), before[0], strict=True))
+
+
+def test_a_larger_cache_takes_over_what_a_smaller_one_holds(config):
+    small = filled(config, 4)
+    large = KVCache(config, 2, 9, torch.float32, torch.device("cpu"))
+    large.copy_from(small)
+    for new, old in zip(contents(large, config), contents(small, config), strict=True):
+        for a, b in zip(new, old, strict=True):
+            assert torch.equal(a[:4], b) and not a[4:].any() and b.any()
+
+
+def test_copies_and_clears_touch_their_range_only(config):
+    cache = filled(config, 12)
+    before = contents(cache, config)
+    cache.copy(1, 2, [4, 8])
+    cache.clear(10, 1)
+    for layer, old in zip(contents(cache, config), before, strict=True):
+        for arena, was in zip(layer, old, strict=True):
+            expected = was.clone()
+            expected[4:6] = expected[8:10] = was[1:3]
+            expected[10] = 0
+            assert torch.equal(arena, expected)

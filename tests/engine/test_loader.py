@@ -1,0 +1,373 @@
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from checkpoints import SPLITS, save_hf
+from huggingface_hub import errors
+from models import hf_model, our_model
+from ranks import run_ranks
+
+import engine.loader
+from engine.config import ModelConfig
+from engine.distributed import TPGroup
+from engine.dummy import dummy_tensor
+from engine.errors import InputError
+from engine.loader import find_checkpoint, load_model
+from engine.model import Transformer
+from engine.presets import find_preset
+from engine.shard_writer import write_shards
+from engine.shards import MANIFEST_FILE, rank_file
+
+
+class Alone(TPGroup):
+    """One rank of several that do not run: as if all others succeeded at what this one does."""
+
+    def gather_objects(self, value) -> list:
+        return [value if rank == self.rank else None for rank in range(self.size)]
+
+
+def parameters(model: Transformer) -> dict[str, torch.Tensor]:
+    return dict(model.named_parameters())
+
+
+def assert_equal(model: Transformer, expected: Transformer) -> None:
+    """Bit for bit."""
+    ours, theirs = parameters(model), parameters(expected)
+    assert ours.keys() == theirs.keys()
+    for name, parameter in ours.items():
+        assert parameter.dtype == theirs[name].dtype
+        assert torch.equal(parameter, theirs[name]), name
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """The Hub cannot be reached; the calls that try are recorded."""
+    calls = []
+
+    def fail(name, **_):
+        calls.append(name)
+        raise errors.LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    return calls
+
+
+@pytest.fixture
+def poison():
+    """Memory that nobody writes to holds NaN, so that an element that is left out shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def hf_folder(tmp_path_factory):
+    return save_hf(tmp_path_factory.mktemp("hf"))
+
+
+@pytest.fixture(scope="module")
+def shard_folder(hf_folder, tmp_path_factory):
+    """For two ranks."""
+    folder = tmp_path_factory.mktemp("shards")
+    write_shards(hf_folder, folder, 2, model_name=str(hf_folder))
+    return folder
+
+
+@pytest.fixture
+def own_shards(hf_folder, tmp_path):
+    """For two ranks, to be damaged."""
+    write_shards(hf_folder, tmp_path / "own", 2, model_name=str(hf_folder))
+    return tmp_path / "own"
+
+
+@pytest.mark.usefixtures("poison")
+class TestSameNumbersFromEverySource:
+    @pytest.mark.parametrize(("family", "changes", "size"), SPLITS)
+    def test_shards_and_checkpoint(self, tmp_path, family, changes, size):
+        hf = hf_model(family, **changes)
+        hf.save_pretrained(tmp_path / "hf", max_shard_size="50KB")
+        write_shards(tmp_path / "hf", tmp_path / "shards", size, model_name="x")
+        for rank in range(size):
+            group = Alone(rank, size)
+            expected = our_model(hf, group)
+            assert_equal(load_model(tmp_path / "hf", group).model, expected)
+            assert_equal(load_model(tmp_path / "hf", group, tp_dir=tmp_path / "shards").model, expected)
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_converted_before_or_while_loading(self, hf_folder, shard_folder, tmp_path, dtype):
+        wanted = getattr(torch, dtype)
+        write_shards(hf_folder, tmp_path, 2, dtype=wanted, model_name="x")
+        expected = our_model(hf_model(), Alone(1, 2)).to(wanted)
+        for options in (dict(dtype=dtype), dict(dtype=dtype, tp_dir=shard_folder), dict(tp_dir=tmp_path)):
+            loaded = load_model(hf_folder, Alone(1, 2), **options)
+            assert_equal(loaded.model, expected)
+            assert loaded.config.dtype == loaded.model.config.dtype == wanted
+        assert torch.get_default_dtype() == torch.float32
+
+    def test_a_narrow_split_can_be_widened(self, hf_folder, tmp_path):
+        write_shards(hf_folder, tmp_path, 1, dtype=torch.bfloat16, model_name="x")
+        loaded = load_model(hf_folder, TPGroup(), tp_dir=tmp_path, dtype="float32")
+        assert_equal(loaded.model, our_model(hf_model()).bfloat16().float())
+
+    @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+    def test_dummy_weights(self, dtype):
+        for rank in range(4):
+            loaded = load_model("tiny", Alone(rank, 4), load_format="dummy", dtype=dtype, seed=3)
+            assert loaded.folder is None
+            assert loaded.config == replace(find_preset("tiny"), dtype=loaded.config.dtype)
+            for slot in loaded.model.weight_slots():
+                full = dummy_tensor(slot.shard.name, slot.shard.full_shape, loaded.config.dtype, seed=3)
+                assert slot.target.dtype == getattr(torch, dtype if dtype != "auto" else "float32")
+                assert torch.equal(slot.target, slot.shard.cut(full))
+
+    def test_dummy_weights_for_a_folder_that_has_none(self, tmp_path):
+        config = replace(find_preset("tiny"), vocab_size=67, tie_word_embeddings=True)
+        (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
+        loaded = load_model(tmp_path, Alone(3, 4), load_format="dummy")
+        assert (loaded.config, loaded.folder) == (config, tmp_path)
+        assert not any(parameter.isnan().any() for parameter in loaded.model.parameters())
+        assert loaded.model.head.weight is loaded.model.embedding.weight
+        assert not loaded.model.embedding.weight[67 - 3 * 17 :].any()
+
+    def test_a_folder_comes_before_the_preset_of_its_name(self, tmp_path, monkeypatch):
+        (tmp_path / "tiny").mkdir()
+        monkeypatch.chdir(tmp_path)
+        assert load_model("tiny", TPGroup(), load_format="dummy").folder is None  # no model in it
+        config = replace(find_preset("tiny"), num_layers=1)
+        (tmp_path / "tiny" / "config.json").write_text(json.dumps(config.to_hf()))
+        assert load_model("tiny", TPGroup(), load_format="dummy").config == config
+
+    def test_something_left_out_does_not_pass(self, hf_folder, monkeypatch):
+        slots = Transformer.weight_slots
+        monkeypatch.setattr(Transformer, "weight_slots", lambda model: list(slots(model))[:-1])
+        with pytest.raises(AssertionError, match="elements were loaded"):
+            load_model(hf_folder, TPGroup())
+
+    def test_a_part_of_another_shape_is_not_broadcast(self, hf_folder, monkeypatch):
+        monkeypatch.setattr(engine.loader.Checkpoint, "read", lambda self, name, *_: torch.zeros(1))
+        with pytest.raises(AssertionError, match="model.embed_tokens.weight"):
+            load_model(hf_folder, TPGroup())
+
+
+class TestShardDirectory:
+    def test_config_and_tokenizer_are_its_own(self, shard_folder, hf_folder, capsys):
+        loaded = load_model(hf_folder, Alone(0, 2), tp_dir=str(shard_folder))
+        assert loaded.folder == shard_folder
+        assert loaded.config == ModelConfig.from_hf(hf_model().config.to_dict())
+        assert capsys.readouterr() == ("", "")
+
+    def test_no_other_ranks_file_is_touched(self, own_shards, hf_folder):
+        (own_shards / rank_file(0, 2)).unlink()
+        load_model(hf_folder, Alone(1, 2), tp_dir=own_shards)
+        with pytest.raises(InputError, match=f"{rank_file(0, 2)} is missing"):
+            load_model(hf_folder, Alone(0, 2), tp_dir=own_shards)
+
+    def test_a_truncated_file(self, own_shards, hf_folder):
+        path = own_shards / rank_file(1, 2)
+        os.truncate(path, path.stat().st_size - 1)
+        with pytest.raises(InputError, match=rf"rank 1: {own_shards}: {path.name} has \d+ bytes, not \d+"):
+            load_model(hf_folder, Alone(1, 2), tp_dir=own_shards)
+
+    def test_an_unfinished_one(self, own_shards, hf_folder):
+        (own_shards / MANIFEST_FILE).unlink()
+        with pytest.raises(InputError, match=f"{own_shards} has no {MANIFEST_FILE}"):
+            load_model(hf_folder, Alone(1, 2), tp_dir=own_shards)
+
+    @pytest.mark.parametrize("size", [1, 4])
+    def test_the_wrong_number_of_shards_is_refused_at_once(self, shard_folder, size, monkeypatch, offline):
+        monkeypatch.setattr(engine.loader, "_allocate", None)
+        for rank in range(size):
+            with pytest.raises(InputError, match=f"holds shards for 2 ranks, but the world size is {size}; start 2"):
+                load_model("owner/name", Alone(rank, size), tp_dir=shard_folder)
+        assert offline == []
+
+
+class TestNameAgainstShards:
+    def load(self, shard_folder: Path, name: str | Path, rank: int = 0) -> None:
+        load_model(name, Alone(rank, 2), tp_dir=shard_folder)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            (dict(intermediate_size=64), "intermediate_size is 56 in .*, but 64 in "),
+            (dict(rms_norm_eps=0.5), "rms_norm_eps is 1e-06 in .*, but 0.5 in "),
+            (dict(tie_word_embeddings=True), "tie_word_embeddings is False in .*, but True in "),
+        ],
+    )
+    def test_other_shapes_or_numbers_are_refused(self, shard_folder, tmp_path, changes, message):
+        other = save_hf(tmp_path / "other", **changes)
+        with pytest.raises(InputError, match=f"rank 0: {message}.*; accepted: shards of the same model; cut "):
+            self.load(shard_folder, other)
+        self.load(shard_folder, other, rank=1)  # rank 0 alone compares
+
+    def test_other_frequencies_are_refused(self, shard_folder, tmp_path):
+        with pytest.raises(InputError, match="rope is .*theta=10000.* but .*theta=5000"):
+            self.load(shard_folder, save_hf(tmp_path, "llama, rope llama3"))
+
+    def test_what_changes_no_number_passes(self, shard_folder, tmp_path, capsys):
+        other = save_hf(tmp_path / "other", max_position_embeddings=512, eos_token_id=9)
+        capsys.readouterr()
+        self.load(shard_folder, other, rank=1)
+        assert capsys.readouterr().err == ""
+        self.load(shard_folder, other)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("warning: the weights in ")
+        assert line.endswith(f"they run, not those of {other}")
+
+    def test_a_length_that_scales_the_frequencies_counts(self, tmp_path):
+        folder = save_hf(tmp_path / "hf", "llama, rope yarn")
+        write_shards(folder, tmp_path / "shards", 2, model_name=str(folder))
+        with pytest.raises(InputError, match="max_position_embeddings is 64 in .*, but 128 in "):
+            self.load(tmp_path / "shards", save_hf(tmp_path / "x", "llama, rope yarn", max_position_embeddings=128))
+
+    def test_another_tokenizer_is_warned_of(self, own_shards, tmp_path, capsys):
+        other = save_hf(tmp_path / "other")
+        (other / "tokenizer.json").write_text("{}")
+        capsys.readouterr()
+        self.load(own_shards, other)
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[1:] == [f"warning: {own_shards} has another tokenizer than {other}; the directory's is used"]
+
+    def test_one_folder_has_many_names(self, shard_folder, hf_folder, monkeypatch, capsys):
+        monkeypatch.chdir(hf_folder.parent)
+        self.load(shard_folder, f"./{hf_folder.name}/")
+        assert capsys.readouterr().err == ""
+
+    def test_without_the_hub_the_directory_suffices(self, shard_folder, offline, capsys):
+        self.load(shard_folder, "owner/name")
+        assert offline == ["owner/name"]
+        notice, warning = capsys.readouterr().err.splitlines()
+        assert notice.startswith(f"notice: owner/name is not at hand; config and tokenizer are those of {shard_folder}")
+        assert warning.startswith("warning: the weights in ")
+        self.load(shard_folder, "owner/name", rank=1)
+        assert capsys.readouterr().err == ""
+
+    def test_hub_ids_ignore_case(self, hf_folder, tmp_path, offline, capsys):
+        write_shards(hf_folder, tmp_path, 2, model_name="Owner/Name")
+        self.load(tmp_path, "owner/name")
+        assert "warning" not in capsys.readouterr().err
+
+    def test_a_preset_still_tells_what_the_model_is(self, shard_folder, offline):
+        for name in ("codellama/CodeLlama-7b-Instruct-hf", "tiny"):
+            with pytest.raises(InputError, match=f"vocab_size is 67 in .* in {name}"):
+                self.load(shard_folder, name)
+
+    def test_a_folder_that_is_no_model_is_refused(self, shard_folder, tmp_path):
+        with pytest.raises(InputError, match="has no config.json"):
+            self.load(shard_folder, tmp_path)
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (dict(dtype="int8"), "dtype 'int8' is not known; accepted: auto, float32, bfloat16, float16"),
+            (dict(load_format="random"), "load format 'random' is not known; accepted: auto, dummy"),
+            (dict(load_format="dummy", tp_dir="x"), "--tp-dir x gives some; leave one of them out"),
+            (dict(load_format="dummy", revision="v1"), "revision 'v1' has no effect on the preset tiny"),
+            (dict(), "no such folder: 'tiny'; accepted: .* a preset's name with --load-format dummy"),
+        ],
+    )
+    def test_what_is_refused(self, options, message):
+        with pytest.raises(InputError, match=message):
+            load_model("tiny", TPGroup(), **options)
+
+    def test_a_world_size_that_does_not_divide_is_refused_before_the_download(self, hf_folder, monkeypatch):
+        asked = []
+
+        def resolve(name, revision=None, weights=True):
+            asked.append(weights)
+            return hf_folder
+
+        monkeypatch.setattr(engine.loader, "resolve_model", resolve)
+        with pytest.raises(InputError, match="into 3 parts; accepted: 1, 2, 4"):
+            load_model("owner/name", Alone(0, 3))
+        assert asked == [False]
+        assert find_checkpoint("owner/name", None, 2) == hf_folder
+        assert asked == [False, False, True]
+
+    def test_out_of_memory_says_how_much_is_needed(self, hf_folder, monkeypatch):
+        def no_memory(*_):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(engine.loader, "Transformer", no_memory)
+        with pytest.raises(InputError, match="a rank's weights take about 0.0 GB, more than cpu has free; use more"):
+            load_model(hf_folder, TPGroup(), dtype="bfloat16")
+        assert torch.get_default_dtype() == torch.float32
+
+    @pytest.mark.gpu
+    def test_weights_go_to_the_device(self, hf_folder, shard_folder):
+        expected = our_model(hf_model(), Alone(1, 2)).to("cuda")
+        for options in ({}, dict(tp_dir=shard_folder)):
+            assert_equal(load_model(hf_folder, Alone(1, 2, "cuda"), **options).model, expected)
+
+
+class TestAllRanksFailTogether:
+    def outcome(self, group: TPGroup, *args, **options) -> str:
+        try:
+            load_model(*args, group, **options)
+        except (InputError, RuntimeError) as error:
+            return f"{type(error).__name__}: {error}"
+        return "loaded"
+
+    def test_the_mistake_of_one_is_everyones(self, own_shards, hf_folder):
+        (own_shards / rank_file(1, 2)).unlink()
+        outcomes = run_ranks(2, lambda group: self.outcome(group, hf_folder, tp_dir=own_shards))
+        assert len(set(outcomes)) == 1
+        assert outcomes[0].startswith(f"InputError: rank 1: {own_shards}: {rank_file(1, 2)} is missing")
+
+    def test_the_fault_of_one_is_everyones(self, hf_folder, monkeypatch):
+        fill = engine.loader._fill
+
+        def faulty(model, read):
+            if model.group.rank == 1:
+                raise KeyError("a bug")
+            fill(model, read)
+
+        monkeypatch.setattr(engine.loader, "_fill", faulty)
+        outcomes = run_ranks(4, lambda group: self.outcome(group, hf_folder))
+        assert set(outcomes) == {"RuntimeError: rank 1: KeyError: 'a bug'"}
+
+    def test_the_first_of_several(self, tmp_path):
+        outcomes = run_ranks(2, lambda group: self.outcome(group, tmp_path / "none"))
+        assert set(outcomes) == {
+            f"InputError: rank 0: no such folder: '{tmp_path}/none'; accepted: a local folder, a Hub id (owner/name), "
+            "or a preset's name with --load-format dummy; check the spelling"
+        }
+
+    def test_nobody_fails(self, shard_folder, hf_folder):
+        assert run_ranks(2, lambda group: self.outcome(group, hf_folder, tp_dir=shard_folder)) == ["loaded"] * 2
+
+    def test_real_processes(self, own_shards, hf_folder, tmp_path):
+        (own_shards / rank_file(1, 2)).unlink()
+        program = (
+            "import sys, torch.distributed as dist\n"
+            "from engine.distributed import TPGroup\n"
+            "from engine.errors import InputError\n"
+            "from engine.loader import load_model\n"
+            "rank, store, model, shards = int(sys.argv[1]), *sys.argv[2:]\n"
+            "dist.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=2)\n"
+            "group = TPGroup(rank, 2)\n"
+            "print(load_model(model, group).model.head.weight.shape[0])\n"
+            "try:\n"
+            "    load_model(model, group, tp_dir=shards)\n"
+            "except InputError as error:\n"
+            "    print(error)\n"
+            "group.close()\n"
+        )
+        arguments = [str(tmp_path / "store"), str(hf_folder), str(own_shards)]
+        ranks = [
+            subprocess.Popen([sys.executable, "-c", program, str(rank), *arguments], stdout=subprocess.PIPE, text=True)
+            for rank in range(2)
+        ]
+        outputs = [process.communicate(timeout=60)[0].splitlines() for process in ranks]
+        assert outputs[0] == outputs[1]
+        rows, error = outputs[0]
+        assert rows == "34"
+        assert error.startswith(f"rank 1: {own_shards}: {rank_file(1, 2)} is missing")
