@@ -12,6 +12,7 @@ from torch import nn
 
 from engine.distributed import TPGroup
 from engine.sharding import Rule, TensorShard, replicated, split, split_vocab
+from kernels.linear import linear
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
         """``(T, O)``: this rank's output features."""
-        return F.linear(x_TI, self.weight, self.bias)
+        return linear(x_TI, self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):
@@ -60,8 +61,8 @@ class RowParallelLinear(nn.Module):
     def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
         """``(T, O)``, the same on every rank."""
         if self.group.size == 1:
-            return F.linear(x_TI, self.weight, self.bias)
-        out = self.group.all_reduce(F.linear(x_TI, self.weight))
+            return linear(x_TI, self.weight, self.bias)
+        out = self.group.all_reduce(linear(x_TI, self.weight))
         return out if self.bias is None else out.add_(self.bias)
 
 
@@ -100,7 +101,7 @@ class VocabParallelHead(nn.Module):
 
     def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
         """``(T, V)``: this rank's logits, in the input's dtype; column ``v`` is token ``first + v``."""
-        logits_TV = F.linear(x_TI, self.weight)
+        logits_TV = linear(x_TI, self.weight)
         if self.num_real < logits_TV.shape[1]:
             logits_TV[:, self.num_real :] = float("-inf")
         return logits_TV

@@ -107,6 +107,12 @@ def test_threads_do_what_processes_do(size):
     run_ranks(size, gloo_rank.check_collectives)
 
 
+def test_models_on_threads_run_in_inference_mode():
+    """Which every thread has to enter itself."""
+    run = lambda group: gloo_rank.make_engine(group).model.logits(torch.ones(1, 64)).is_inference()  # noqa: E731
+    assert run_ranks(2, run) == [True, True]
+
+
 def test_tensors_that_change_after_a_collective_do_not_change_its_result():
     def work(group):
         mine = torch.full((64,), float(group.rank))

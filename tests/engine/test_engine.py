@@ -64,9 +64,7 @@ def test_kept_levels_are_not_computed_again(hf, engine, append_with, method):
     assert (engine.num_shared_levels, engine.arena.num_used) == (2, 29)
     for _ in range(2):
         with passes(engine.model) as seen:
-            results = engine.generate(
-                ENDS, GREEDY, attention=method, shared_cache_op="preserve", return_logits=True
-            )
+            results = engine.generate(ENDS, GREEDY, attention=method, shared_cache_op="preserve", return_logits=True)
         check(hf, WHOLE, results)
         assert [p.num_tokens for p in seen] == [12, 4, 4, 4, 4]
         assert (engine.num_shared_levels, engine.arena.num_used) == (2, 29)
@@ -343,6 +341,19 @@ def test_any_arena_that_holds_each_prompt_alone_serves_them_all(hf):
     assert max(num_waves) > 10
 
 
+def test_nodes_that_are_passed_on_make_way_where_they_split_the_room(hf, engine):
+    """The first wave leaves the root at slot 0 and RIGHT at 26, past LEFT: 19 slots are free behind it where the last
+    prompt needs 21 in a row."""
+    ends = [ids(1, 1), ids(2, 2), ids(2, 3), ids(17, 4)]
+    prompts = [ROOT + branch + end for branch, end in zip((LEFT, LEFT, RIGHT, RIGHT), ends, strict=True)]
+    needed = len(prompts[3]) + GREEDY.max_tokens - 1
+    engine.setup_caches(needed + 4)
+    with passes(engine.model) as seen:
+        results = engine.generate(prompts, GREEDY, return_logits=True)
+    check(hf, prompts, results)
+    assert [p.num_tokens for p in seen if p.is_prefill] == [20, 9, 5, 20, 3, 17]
+
+
 def test_waves_below_kept_levels(hf, engine):
     engine.setup_caches(29 + 11)
     engine.append_shared([ROOT])
@@ -352,9 +363,7 @@ def test_waves_below_kept_levels(hf, engine):
         engine.append_shared([ROOT])
         engine.append_shared([LEFT, RIGHT])
         with passes(engine.model) as seen:
-            results = engine.generate(
-                ENDS, GREEDY, attention=method, shared_cache_op="preserve", return_logits=True
-            )
+            results = engine.generate(ENDS, GREEDY, attention=method, shared_cache_op="preserve", return_logits=True)
         check(hf, WHOLE, results)
         assert len(seen) > 5 and engine.arena.num_used == 29
 

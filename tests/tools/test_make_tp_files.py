@@ -157,7 +157,7 @@ def peak_anonymous(process: subprocess.Popen) -> int:
 def growth(folder: Path, small: Path, tmp_path: Path, *options: object) -> int:
     """Bytes of anonymous memory beyond what the same command takes for a model that is next to nothing."""
     own = peak_anonymous(start(small, tmp_path / "small", *options))
-    g = peak_anonymous(start(folder, tmp_path / "large", *options)) - own; print("GROWTH", options, own/MIB, g/MIB); return g
+    return peak_anonymous(start(folder, tmp_path / "large", *options)) - own
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
