@@ -99,7 +99,11 @@ def test_hydragen_plans_one_segment_a_level_and_one_for_the_suffixes():
 def test_hydragen_plans_no_level_that_nobody_left_has():
     method = get_method("hydragen")
     placement = method.place(TREE, ROOMS, {}, [100, 200, 300, 400])
-    shared = lambda *s: method.shared_segments(TREE, placement, suffix_runs(placement, s, [1] * len(s), [4] * len(s)))  # noqa: E731
+
+    def shared(*sequences):
+        ones = [1] * len(sequences)
+        return method.shared_segments(TREE, placement, suffix_runs(placement, sequences, ones, ones))
+
     assert tables(shared(1, 3)) == [
         ([0, 1, 2], [100, 300], [3, 1], False),
         ([0, 1, 2], [200, 0], [2, 0], False),
@@ -166,15 +170,15 @@ def decoded(name, poison):
     return executor.decode(np.array([1]), np.array([1]), torch.tensor([4]))
 
 
-def outside(start, length):
-    return lambda placement, capacity: [s for s in range(capacity) if not start(placement) <= s < start(placement) + length]
-
-
 def test_a_sequence_of_the_baseline_reads_its_own_memory_and_nothing_else():
+
+    def elsewhere(placement, capacity):
+        """All slots but those of the history of 5 tokens and of the new one, which the step itself writes."""
+        first = placement.suffix_starts[1] - 5
+        return [slot for slot in range(capacity) if not first <= slot < first + 6]
+
     clean = decoded("hydragen_noshared", lambda placement, capacity: [])
-    # The history of 5 tokens and the new one, whose slot the step itself writes.
-    alone = decoded("hydragen_noshared", outside(lambda placement: placement.suffix_starts[1] - 5, 6))
-    assert torch.equal(alone, clean) and clean.isfinite().all()
+    assert torch.equal(decoded("hydragen_noshared", elsewhere), clean) and clean.isfinite().all()
     for offset in range(5):
         slot = lambda placement, capacity, offset=offset: [placement.suffix_starts[1] - 5 + offset]  # noqa: E731
         assert not decoded("hydragen_noshared", slot).isfinite().any()

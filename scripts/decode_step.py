@@ -1,0 +1,65 @@
+"""Takes a decode step apart: each mode's time beside the matrix products and prefix attention that it needs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from engine.bench.breakdown import print_breakdown, run_breakdown
+from engine.bench.modes import ModelOptions, check_mode
+from engine.bench.ranges import parse_range
+from engine.cli import make_app, run
+from engine.distributed import init_group
+
+app = make_app()
+
+
+@app.command()
+def decode_step(
+    outdir: Annotated[Path, typer.Argument(metavar="OUTDIR", help="Where the cells and breakdown.yaml are written.")],
+    model_name: Annotated[
+        str, typer.Option(help="A local folder, a Hub id, or with --load-format dummy a preset's name.")
+    ] = "llama-125m",
+    load_format: Annotated[str, typer.Option(help="auto, or dummy for random weights.")] = "dummy",
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "bfloat16",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. CUDA where there is one.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Completions at once.")] = 64,
+    shared: Annotated[str, typer.Option(help="Tokens of the shared prompt: a range.")] = "1024,4096",
+    unique: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 16,
+    num_iters: Annotated[int, typer.Option(min=1, help="Timed runs of a cell.")] = 5,
+    modes: Annotated[str, typer.Option(help="Modes to time, separated by commas.")] = "noattention,hydragen,hydragen_noshared,hf",
+    seed: Annotated[int, typer.Option(min=0, help="Of the prompt, and of dummy weights.")] = 0,
+) -> None:
+    """Time a decode step in each mode, and alone the operations that it consists of.
+
+    Prints, for each shared length: a noattention step over its matrix products alone; what attention adds to it over
+    the prefix-attention calls alone; the rate at which the baseline reads keys and values, and its part of what this
+    machine reads at most; and how many times faster hydragen is than transformers.
+
+    \b
+    Examples:
+      python scripts/decode_step.py results/step
+      python scripts/decode_step.py results/step32 --dtype float32 --shared 4096 --modes noattention,hydragen
+    """
+    chosen = [mode.strip() for mode in modes.split(",")]
+    for mode in chosen:
+        check_mode(mode)
+    group = init_group(device)
+    console = Console()
+    rows = run_breakdown(
+        outdir,
+        batch_size,
+        parse_range(shared, name="--shared"),
+        unique,
+        ModelOptions(model_name, load_format=load_format, dtype=dtype, seed=seed),
+        chosen,
+        num_iters,
+        group,
+        console,
+    )
+    print_breakdown(rows, console if console.is_terminal else Console(width=140))
+
+
+if __name__ == "__main__":
+    run(app)
