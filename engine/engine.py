@@ -1,4 +1,4 @@
-"""Token ids in, token ids out: one call of generation, with shared levels that may outlive it, in as many waves as needed.
+"""Token ids in, token ids out: a call of generation, in as many waves as needed, with shared levels that outlive it.
 
 Shapes: n prompts, B sequences of a wave, V vocabulary.
 """
@@ -170,7 +170,8 @@ class Engine:
         """
         method = get_method(attention)
         if shared_cache_op not in SHARED_CACHE_OPS:
-            raise InputError(f"shared_cache_op {shared_cache_op!r} is not known; accepted: {', '.join(SHARED_CACHE_OPS)}")
+            accepted = ", ".join(SHARED_CACHE_OPS)
+            raise InputError(f"shared_cache_op {shared_cache_op!r} is not known; accepted: {accepted}")
         if shared_cache_op == "wipe":
             self.empty_shared()
         self._shared.check(method)
@@ -225,7 +226,9 @@ class Engine:
         if forced_tokens is None:
             forced_tokens = [()] * len(params)
         elif len(forced_tokens) != len(params):
-            raise InputError(f"forced_tokens for {len(forced_tokens)} of {len(params)} prompts; accepted: a list for each")
+            raise InputError(
+                f"forced_tokens for {len(forced_tokens)} of {len(params)} prompts; accepted: a list for each"
+            )
         occurrences: Counter[bytes] = Counter()
         requests = []
         for number, i in enumerate(np.argsort(tree.order).tolist()):
@@ -308,16 +311,21 @@ class Engine:
             fits = lambda first, last: self.arena.fits(part(first, last).ranges)  # noqa: E731
             for first, last in waves(tree.num_sequences, self.max_batch_size, fits):
                 wave, callers = part(first, last), order[first:last]
-                what = f"prompt {requests[callers[0]].prompt}" if last - first == 1 else f"a wave of {last - first} prompts"
-                starts = self.arena.allocate(wave.ranges, what)
+                # Only a wave of one sequence can lack the room: a longer one is as long as fits.
+                starts = self.arena.allocate(wave.ranges, f"prompt {requests[callers[0]].prompt}")
                 reread = set(tree.leaf_path(last)) if last < tree.num_sequences else set()
                 new_nodes: dict[int, ResidentNode] = {}
                 try:
                     executor = self._place(wave, method, starts)
                     hidden = executor.prefill()
                     logits = self._first_logits(hidden, starting_logits, callers)
-                    wave_requests = [requests[c] for c in callers]
-                    generated = decode(executor, logits, wave_requests, return_logits=return_logits, on_tokens=on_tokens)
+                    generated = decode(
+                        executor,
+                        logits,
+                        [requests[c] for c in callers],
+                        return_logits=return_logits,
+                        on_tokens=on_tokens,
+                    )
                     if method.own_node_ranges:
                         new_nodes = executor.new_nodes()
                 except BaseException:

@@ -77,7 +77,9 @@ class KVCache:
     about twice as fast as keys that are interleaved by head.
     """
 
-    def __init__(self, config: ModelConfig, num_kv_heads: int, num_slots: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, config: ModelConfig, num_kv_heads: int, num_slots: int, dtype: torch.dtype, device: torch.device
+    ):
         self.num_slots = num_slots
 
         def arena() -> torch.Tensor:

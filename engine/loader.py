@@ -101,7 +101,7 @@ def read_config(
     dtype: str = "auto",
     revision: str | None = None,
 ) -> ModelConfig:
-    """The config that ``load_model`` would give the model, its ``dtype`` included; no weights are read or downloaded."""
+    """The config that ``load_model`` would give the model, ``dtype`` included; reads and downloads no weights."""
     name, wanted_dtype = str(name), _parse_dtype(dtype)
     if tp_dir is not None:
         config = open_shards(Path(tp_dir).expanduser()).manifest.config

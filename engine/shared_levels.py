@@ -48,7 +48,8 @@ class SharedLevels:
             if parents is not None:
                 raise InputError("parents were given for the first level, which continues nothing; leave them out")
             return []
-        return [*self.parents, list(parents) if parents is not None else even_parents(len(self.levels[-1]), num_prompts)]
+        last = even_parents(len(self.levels[-1]), num_prompts) if parents is None else list(parents)
+        return [*self.parents, last]
 
     def tree_of_next(self, prompts: Sequence[Sequence[int]], parents: Sequence[int] | None) -> PrefixTree:
         """The kept levels and one more below them, every entry of which ends in one empty suffix."""
@@ -117,7 +118,7 @@ class SharedLevels:
 
 
 def even_parents(num_above: int, num_below: int) -> list[int]:
-    """The parent of each entry of a level that divides evenly over the level above. Raises InputError if it does not."""
+    """The parent of each entry of a level that divides evenly over the level above. Raises InputError if it is uneven."""
     if num_below == 0 or num_below % num_above:
         raise InputError(
             f"{num_below} prompts do not divide evenly over the {num_above} of the level above; accepted: a multiple "

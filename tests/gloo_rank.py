@@ -53,8 +53,10 @@ def generate(engine: Engine) -> dict:
     ]
     cases = {}
     for method in ("hydragen", "hydragen_noshared", "noattention"):
-        for name, prompts, params in (("greedy", PROMPTS, greedy), ("drawn", PROMPTS, drawn), ("levels", LEVELS, greedy)):
-            cases[f"{method} {name}"] = engine.generate(prompts, params, attention=method, return_logits=True)
+        options = {"attention": method, "return_logits": True}
+        cases[f"{method} greedy"] = engine.generate(PROMPTS, greedy, **options)
+        cases[f"{method} drawn"] = engine.generate(PROMPTS, drawn, **options)
+        cases[f"{method} levels"] = engine.generate(LEVELS, greedy, **options)
     engine.append_shared([ROOT])
     engine.max_batch_size = 2
     cases["kept"] = engine.generate([[1], [], [2]], greedy, shared_cache_op="preserve", return_logits=True)

@@ -374,29 +374,34 @@ def test_waves_below_kept_levels(hf, engine):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("max_batch_size", [1, 1024])
 def test_a_failure_in_the_middle_leaves_no_trace(hf, engine, method, max_batch_size):
-    """Tokens that make NaN in one prompt; afterwards nothing is in use, and later calls read none of it."""
-    engine.max_batch_size = max_batch_size
-    healthy = [row.clone() for row in engine.model.embedding.weight[:2]]
-    prompts = [[5] * n for n in (9, 3, 14, 2)]
-    expected = engine.generate(prompts, GREEDY, attention=method)
+    """One prompt makes NaN. Afterwards nothing is in use, and calls whose masked reads meet its slots see none of it."""
+    ragged = [[token] * length for token, length in zip(range(8), [4, 3, 2, 1] * 2, strict=True)]
+    expected = engine.generate(ragged, GREEDY, attention=method)
+    healthy = engine.model.embedding.weight[60].clone()
     engine.append_shared([ROOT])
+    engine.model.embedding.weight[60] = float("nan")
     for _ in range(2):
-        engine.model.embedding.weight[0] = float("nan")
+        engine.max_batch_size = max_batch_size
+        options = {"attention": method, "shared_cache_op": "preserve"}
         with pytest.raises(RuntimeError, match="no token can be chosen, its logits hold NaN"):
-            engine.generate(
-                [[7] * 5, [7] * 9, [7] * 5 + [0] * 9],
-                GREEDY,
-                attention=method,
-                shared_cache_op="preserve",
-            )
-        with pytest.raises(RuntimeError, match="the shared level is not kept"):
-            engine.append_shared([[0] * 30])
-        engine.model.embedding.weight[0] = healthy[0]
+            engine.generate([[7] * 2, [60] * 40, [8]], GREEDY, **options)
         assert (engine.num_shared_levels, engine.arena.num_used) == (1, len(ROOT))
-    results = engine.generate([LEFT], GREEDY, attention=method, shared_cache_op="preserve", return_logits=True)
-    check(hf, [ROOT + LEFT], results)
-    assert tokens(engine.generate(prompts, GREEDY, attention=method)) == tokens(expected)
+    engine.model.embedding.weight[60] = healthy
+    engine.max_batch_size = 1024
+    check(hf, [ROOT + LEFT], engine.generate([LEFT], GREEDY, return_logits=True, **options))
+    assert tokens(engine.generate(ragged, GREEDY, attention=method)) == tokens(expected)
     assert engine.arena.num_used == 0
+
+
+def test_slots_of_a_level_that_was_not_kept_are_clean(engine):
+    ragged = [[token] * length for token, length in zip(range(8), [4, 3, 2, 1] * 2, strict=True)]
+    expected = engine.generate(ragged, GREEDY)
+    healthy = engine.model.embedding.weight[60].clone()
+    engine.model.embedding.weight[60] = float("nan")
+    with pytest.raises(RuntimeError, match="the shared level is not kept"):
+        engine.append_shared([[60] * 40])
+    engine.model.embedding.weight[60] = healthy
+    assert tokens(engine.generate(ragged, GREEDY)) == tokens(expected)
 
 
 def test_a_callback_that_raises_stops_the_call(hf, engine):
