@@ -13,7 +13,7 @@ __all__ = list(_PUBLIC)
 
 
 def __getattr__(name: str):
-    """The public names, imported on first use: ``import engine.x`` for a small tool then loads no more than it needs."""
+    """The public names, imported on first use: a tool that needs ``engine.x`` alone then loads no more than that."""
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)

@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
-
 from engine.errors import InputError
 from engine.kv_cache import KVCache, SlotAllocator
 from engine.memory import available_bytes
@@ -80,7 +78,8 @@ class Arena:
         """Starts of the ranges. Raises InputError, stating what ``what`` needed, when there is no room."""
         starts = self._slots.allocate_all(ranges)
         if starts is None and self.fits(ranges):
-            self._resize(min(self.max_tokens, self.capacity + sum(ranges)))
+            kept = self.capacity if self.num_used else 0
+            self._resize(min(self.max_tokens, kept + sum(ranges)))
             starts = self._slots.allocate_all(ranges)
         if starts is None:
             remedy = "set up a larger cache" if self._fixed else "use a shorter prompt, fewer new tokens or more ranks"
@@ -107,10 +106,9 @@ class Arena:
 
     def _resize(self, num_slots: int) -> None:
         """A larger arena; what is in use keeps its place."""
-        if not self.num_used:
-            self.cache, self._slots = None, SlotAllocator(0)  # give it back before the new one is taken
-        old = self.cache
-        self.cache = KVCache(self._config, self._num_kv_heads, num_slots, self._dtype, self._device)
-        if old is not None:
-            self.cache.copy_from(old)
+        if self.cache is not None and self.num_used:
+            self.cache.grow(num_slots)
+        else:
+            self.cache = None  # give it back before the new one is taken
+            self.cache = KVCache(self._config, self._num_kv_heads, num_slots, self._dtype, self._device)
         self._slots.grow(num_slots)

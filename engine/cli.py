@@ -1,17 +1,26 @@
-"""How every command of this project starts and fails: a mistake is one line on stderr and exit status 2."""
+"""How every command of this project starts, prints and fails: a mistake is one line on stderr and exit status 2."""
 
 import errno
+import re
 import sys
+import time
 
 import typer
+from rich.console import Console
 
+from engine.distributed import launched_rank
 from engine.errors import InputError
 
+# Of output that is no terminal: a table keeps its columns, whatever width a terminal is assumed to have.
+_FILE_WIDTH = 140
+# Seconds that ranks other than 0 keep an error to themselves. When all fail alike torchrun ends them meanwhile.
+_PATIENCE_S = 2.0
 # What the user can put right: the path given, its permissions, the space left. Any other OSError is a fault of ours.
 _USER_ERRNOS = {
     errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOSPC,
     errno.ENOTDIR, errno.EPERM, errno.EROFS,
 }  # fmt: skip
+_UsageError = typer.BadParameter.__base__  # click's, or that of the copy of click which newer versions of typer bring
 
 
 def make_app() -> typer.Typer:
@@ -19,25 +28,49 @@ def make_app() -> typer.Typer:
     return typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
+def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    """A console as wide as the terminal, or wide enough for a table where there is none. A quiet one prints nothing."""
+    console = Console(stderr=stderr, quiet=quiet)
+    return console if console.is_terminal else Console(stderr=stderr, quiet=quiet, width=_FILE_WIDTH)
+
+
 def run(app: typer.Typer) -> None:
     """Runs ``app`` on the process's arguments and ends the process.
 
-    An InputError, or an operating-system error about the user's files, is printed as ``error: ...`` and exits with
-    status 2. Errors in the arguments themselves are click's, with its message and status.
+    An InputError, an error in the arguments, or an operating-system error about the user's files, is printed as
+    ``error: ...`` and exits with status 2. Of ranks that fail together only rank 0 prints it.
     """
     try:
-        app()
+        status = app(standalone_mode=False)
     except InputError as error:
-        sys.exit(_fail(str(error)))
+        status = _fail(str(error))
+    except _UsageError as error:
+        status = _fail(_usage_message(error))
     except OSError as error:
         if error.errno not in _USER_ERRNOS:
             raise
         # A rename that fails names both files; the second is the one that the user asked for.
         where = error.filename2 or error.filename
         where = "" if where is None else f"{where}: "
-        sys.exit(_fail(f"{where}{error.strerror}"))
+        status = _fail(f"{where}{error.strerror}")
+    except (KeyboardInterrupt, typer.Abort):
+        status = 128 + 2  # as a shell reports a program that SIGINT ended
+    sys.exit(status)
+
+
+def _usage_message(error: Exception) -> str:
+    message = " ".join(error.format_message().split()).removesuffix(".")
+    if re.fullmatch(r"-\d.*", getattr(error, "option_name", "")):
+        message += " (a number cannot be negative here)"
+    return f"{message}; see python {sys.argv[0]} --help"
 
 
 def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    message = " ".join(message.splitlines())  # some quote what another library said
+    rank = launched_rank()
+    if rank == 0:
+        print(f"error: {message}", file=sys.stderr)
+    else:
+        time.sleep(_PATIENCE_S)
+        print(f"error (rank {rank}): {message}", file=sys.stderr)
     return 2

@@ -5,12 +5,16 @@ environment variables; everything else is given the group.
 """
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from engine.errors import InputError
+
+T = TypeVar("T")
 
 
 class TPGroup:
@@ -56,6 +60,22 @@ class TPGroup:
         if self.size > 1:
             dist.barrier()
 
+    def on_rank_0(self, action: Callable[[], T]) -> T:
+        """What ``action``, which rank 0 alone runs, returns, on every rank.
+
+        An InputError or OSError of it is raised on every rank, so that none waits for a rank that has given up.
+        """
+        result, failure = None, None
+        if self.rank == 0:
+            try:
+                result = action()
+            except (InputError, OSError) as error:
+                failure = error
+        result, failure = self.broadcast((result, failure))
+        if failure is not None:
+            raise failure
+        return result
+
     def close(self) -> None:
         """Leaves the group; without it gloo aborts the process at exit."""
         if self.size > 1 and dist.is_initialized():
@@ -86,13 +106,18 @@ def choose_device(name: str | None, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", index)
 
 
+def launched_rank() -> int:
+    """The rank that ``torchrun`` gave this process, known before it joins the group; 0 without a launcher."""
+    return int(os.environ.get("RANK", 0))
+
+
 def init_group(device: str | None = None, timeout_s: float = 600.0) -> TPGroup:
     """Joins the group that ``torchrun`` describes, or makes a group of one.
 
     NCCL connects CUDA devices; gloo connects CPUs, and ranks that have to share a GPU. A collective that waits longer
     than ``timeout_s`` seconds raises.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, size = launched_rank(), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":

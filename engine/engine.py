@@ -41,6 +41,9 @@ class Levels:
     def __post_init__(self):
         if not self.levels:
             raise InputError("Levels: got no level; accepted: one or more, the last one holding the sequences; add one")
+        for number, level in enumerate(self.levels):
+            if len(level) == 0:
+                raise InputError(f"level {number}: got no prompts; accepted: one or more; remove the level or fill it")
         if self.parents is not None and len(self.parents) != len(self.levels) - 1:
             raise InputError(
                 f"Levels: got parents for {len(self.parents)} levels; accepted: for {len(self.levels) - 1}, each level "

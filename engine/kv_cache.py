@@ -81,11 +81,13 @@ class KVCache:
         self, config: ModelConfig, num_kv_heads: int, num_slots: int, dtype: torch.dtype, device: torch.device
     ):
         self.num_slots = num_slots
+        self._shape = (num_kv_heads, config.head_dim)
+        self._dtype, self._device = dtype, device
+        self._layers = [[self._arena(num_slots), self._arena(num_slots)] for _ in range(config.num_layers)]
 
-        def arena() -> torch.Tensor:
-            return torch.zeros(num_kv_heads, num_slots, config.head_dim, dtype=dtype, device=device).transpose(0, 1)
-
-        self._layers = [(arena(), arena()) for _ in range(config.num_layers)]
+    def _arena(self, num_slots: int) -> torch.Tensor:
+        num_kv_heads, head_dim = self._shape
+        return torch.zeros(num_kv_heads, num_slots, head_dim, dtype=self._dtype, device=self._device).transpose(0, 1)
 
     @staticmethod
     def bytes_per_slot(config: ModelConfig, num_kv_heads: int, dtype: torch.dtype) -> int:
@@ -93,7 +95,8 @@ class KVCache:
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values, each ``(S, Hkv, D)``."""
-        return self._layers[index]
+        keys, values = self._layers[index]
+        return keys, values
 
     def write(self, index: int, slots_T: torch.Tensor, k_THD: torch.Tensor, v_THD: torch.Tensor) -> None:
         keys, values = self._layers[index]
@@ -114,8 +117,11 @@ class KVCache:
             for arena in arenas:
                 arena[start : start + length] = 0
 
-    def copy_from(self, other: "KVCache") -> None:
-        """Takes over the slots of a smaller cache, at the same places."""
-        for mine, theirs in zip(self._layers, other._layers, strict=True):
-            for new, old in zip(mine, theirs, strict=True):
-                new[: other.num_slots] = old
+    def grow(self, num_slots: int) -> None:
+        """Adds slots at the end; the others keep their contents. Arena by arena, so that only one is there twice."""
+        for index, arenas in enumerate(self._layers):
+            for which, old in enumerate(arenas):
+                new = self._arena(num_slots)
+                new[: self.num_slots] = old
+                self._layers[index][which] = new
+        self.num_slots = num_slots

@@ -93,28 +93,34 @@ class LLM:
             raise InputError("device and group were both given; the group has its device: leave the device out")
         self.attention = attention
         self.group = group if group is not None else init_group(device)
-        loaded = load_model(
-            model, self.group, tp_dir=tp_dir, load_format=load_format, dtype=dtype, revision=revision, seed=seed
-        )
-        self.config = loaded.config
-        self._folder = loaded.folder
-        self._tokenizer: Tokenizer | None = None
-        self.engine = Engine(loaded.model, eos_token_ids=self.config.eos_token_ids, max_batch_size=max_batch_size)
-        if cache_tokens is not None:
-            self.engine.setup_caches(cache_tokens)
+        try:
+            loaded = load_model(
+                model, self.group, tp_dir=tp_dir, load_format=load_format, dtype=dtype, revision=revision, seed=seed
+            )
+            self.config = loaded.config
+            self._folder = loaded.folder
+            has_tokenizer = self._folder is not None and (self._folder / "tokenizer.json").is_file()
+            self._tokenizer = Tokenizer.from_folder(self._folder) if has_tokenizer else None
+            self.engine = Engine(loaded.model, eos_token_ids=self.config.eos_token_ids, max_batch_size=max_batch_size)
+            if cache_tokens is not None:
+                self.engine.setup_caches(cache_tokens)
+        except BaseException:
+            if group is None:
+                self.group.close()
+            raise
 
     @property
     def tokenizer(self) -> Tokenizer:
         """Raises InputError when the model came without one."""
-        if self._tokenizer is None:
-            if self._folder is None:
-                raise InputError("random weights of a preset have no tokenizer; give prompts as lists of token ids")
-            self._tokenizer = Tokenizer.from_folder(self._folder)
-        return self._tokenizer
+        if self._tokenizer is not None:
+            return self._tokenizer
+        if self._folder is None:
+            raise InputError("random weights of a preset have no tokenizer; give prompts as lists of token ids")
+        return Tokenizer.from_folder(self._folder)  # which says what the folder has instead
 
     @property
     def has_tokenizer(self) -> bool:
-        return self._folder is not None and (self._folder / "tokenizer.json").is_file()
+        return self._tokenizer is not None
 
     def generate(
         self,
@@ -135,12 +141,12 @@ class LLM:
         Shared prefixes are found by themselves, or laid out by hand with ``PromptLevels``. The other arguments are
         those of ``Engine.generate``.
         """
-        if isinstance(prompts, str):
-            raise InputError("prompts is one string; accepted: a list of strings or of lists of token ids")
-        levels = prompts.levels if isinstance(prompts, PromptLevels) else [prompts]
+        laid_out = isinstance(prompts, PromptLevels)
+        levels = prompts.levels if laid_out else [prompts]
+        if not laid_out and shared_cache_op == "wipe" and any(isinstance(p, str) and not p for p in prompts):
+            raise InputError("a prompt is empty text; accepted: text or token ids; fill it, or give it [bos_token_id]")
         top = shared_cache_op == "wipe" or self.engine.num_shared_levels == 0
         encoded = [self._encode(level, special=top and number == 0) for number, level in enumerate(levels)]
-        laid_out = isinstance(prompts, PromptLevels)
         generated = self.engine.generate(
             Levels(encoded, prompts.parents) if laid_out else encoded[0],
             params if params is not None else SamplingParams(),
@@ -174,7 +180,16 @@ class LLM:
         self.group.close()
 
     def _encode(self, prompts: Sequence[Prompt], special: bool) -> list[Sequence[int]]:
-        return [self.tokenizer.encode(p, add_special_tokens=special) if isinstance(p, str) else p for p in prompts]
+        if isinstance(prompts, str):
+            raise InputError("prompts is one string; accepted: a list of strings or of lists of token ids; put it in one")
+        return [self._encode_text(p, special) if isinstance(p, str) else p for p in prompts]
+
+    def _encode_text(self, text: str, special: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # lone surrogates: what Python makes of bytes that are not UTF-8
+            raise InputError(f"a prompt is not Unicode text ({error.reason}); accepted: UTF-8; convert it") from None
+        return self.tokenizer.encode(text, add_special_tokens=special)
 
     def _output(self, index: int, sample: Generated) -> CompletionOutput:
         return CompletionOutput(

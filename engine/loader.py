@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engine.checkpoint import CONFIG_FILE, Checkpoint, check_weights, load_config, resolve_model
 from engine.config import ModelConfig
+from engine.cpu import read_cpu
 from engine.distributed import TPGroup
 from engine.dummy import dummy_tensor
 from engine.errors import InputError
@@ -70,10 +71,7 @@ def load_model(
     """
     name = str(name)
     wanted_dtype = _parse_dtype(dtype)
-    if load_format not in ("auto", "dummy"):
-        raise InputError(f"load format {load_format!r} is not known; accepted: auto, dummy")
-    if load_format == "dummy" and tp_dir is not None:
-        raise InputError(f"--load-format dummy reads no weights, --tp-dir {tp_dir} gives some; leave one of them out")
+    _check_load_format(load_format, tp_dir)
 
     with ExitStack() as stack:
 
@@ -89,6 +87,8 @@ def load_model(
             return source, _allocate(config, group)
 
         source, model = _together(group, prepare)
+        if group.rank == 0:
+            _notice_emulation(model.config.dtype, group.device)
         _together(group, lambda: _fill(model, source.read))
     return LoadedModel(model, model.config, source.folder)
 
@@ -103,6 +103,7 @@ def read_config(
 ) -> ModelConfig:
     """The config that ``load_model`` would give the model, ``dtype`` included; reads and downloads no weights."""
     name, wanted_dtype = str(name), _parse_dtype(dtype)
+    _check_load_format(load_format, tp_dir)
     if tp_dir is not None:
         config = open_shards(Path(tp_dir).expanduser()).manifest.config
     elif load_format == "dummy":
@@ -220,6 +221,23 @@ def _is_same_name(sharded: str, given: str) -> bool:
     """Hub ids ignore case; a folder can be spelled in several ways."""
     a, b = Path(sharded).expanduser(), Path(given).expanduser()
     return sharded.lower() == given.lower() or (a.is_dir() and b.is_dir() and a.samefile(b))
+
+
+def _check_load_format(load_format: str, tp_dir: str | Path | None) -> None:
+    if load_format not in ("auto", "dummy"):
+        raise InputError(f"load format {load_format!r} is not known; accepted: auto, dummy")
+    if load_format == "dummy" and tp_dir is not None:
+        raise InputError(f"--load-format dummy reads no weights, --tp-dir {tp_dir} gives some; leave one of them out")
+
+
+def _notice_emulation(dtype: torch.dtype, device: torch.device) -> None:
+    """Says on stderr when the CPU has no instructions for ``dtype``: what is slow then looks like a fault of ours."""
+    if device.type == "cpu" and dtype != torch.float32 and read_cpu().has_bf16 is False:
+        print(
+            "notice: this CPU has no bfloat16 instructions and has to emulate 16-bit products; float32 is faster here: "
+            "--dtype float32",
+            file=sys.stderr,
+        )
 
 
 def _parse_dtype(name: str) -> torch.dtype | None:

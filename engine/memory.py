@@ -1,4 +1,4 @@
-"""How much memory the KV cache may take, agreed on by all ranks."""
+"""How much memory there is for a rank to take, agreed on by the ranks of a machine."""
 
 import os
 from pathlib import Path
@@ -7,30 +7,53 @@ import torch
 
 from engine.distributed import TPGroup
 
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
+# Of a container: its limit, its use, and in its statistics the file cache that counts as used but gives way.
+_CGROUP_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),  # version 1
+)
+
 
 def available_bytes(group: TPGroup) -> int:
-    """Bytes that this rank may still take on its device: the free memory, shared evenly by the ranks that live there."""
+    """Bytes that this rank may still take on its device: the free memory, shared evenly by the ranks that live there.
+
+    Every rank makes the same call.
+    """
     if group.device.type == "cuda":
+        torch.cuda.empty_cache()  # what PyTorch keeps of earlier work is free too
         free, _ = torch.cuda.mem_get_info(group.device)
         place = str(torch.cuda.get_device_properties(group.device).uuid)
     else:
-        free, place = _free_host_bytes(), os.uname().nodename
+        free, place = free_host_bytes(), os.uname().nodename
     # Two ranks that asked a moment apart see different numbers; all that share a place go by its lowest.
     reports = [r for r in group.gather_objects((place, free)) if r[0] == place]
     return min(free for _, free in reports) // len(reports)
 
 
-def _free_host_bytes() -> int:
-    """Free memory of the host or of the container's limit, whichever is less."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines()) if _is_linux() else {}
-    if "MemAvailable" not in fields:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed. For one on a CPU PyTorch has no exception of its own."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def free_host_bytes(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int:
+    """Free memory of the host or below the container's limit, whichever is less. Half of all where nothing tells."""
+    if not meminfo.exists():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    free = _fields(meminfo)["MemAvailable:"] * 1024
+    for limit_name, used_name, cache_name in _CGROUP_FILES:
+        limit = cgroup / limit_name
+        if limit.exists() and limit.read_text().strip() != "max":
+            used = int((cgroup / used_name).read_text())
+            reclaimable = _fields(limit.parent / "memory.stat")[cache_name]
+            free = min(free, int(limit.read_text()) - used + reclaimable)
     return max(free, 0)
 
 
-def _is_linux() -> bool:
-    return Path("/proc/meminfo").exists()
+def _fields(path: Path) -> dict[str, int]:
+    """The first two words of each line."""
+    words = (line.split() for line in path.read_text().splitlines())
+    return {name: int(value) for name, value, *_ in words}

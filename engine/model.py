@@ -30,7 +30,6 @@ from engine.sharding import Rule, check_world_size, local_kv_heads, split, split
 from kernels import AttentionPlan
 from kernels.rotary import apply_rotary_
 
-
 # Tokens that go through projections and MLP at once: enough to fill the device, few enough to bound the memory.
 PREFILL_CHUNK = 2048
 

@@ -7,9 +7,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
-def progress_bar(console: Console) -> Progress:
-    """A bar with count, elapsed and remaining time; a quiet console shows nothing."""
-    return Progress(
+@contextmanager
+def progress_bar(console: Console) -> Iterator[Progress]:
+    """A bar with count, elapsed and remaining time. A console that is quiet, or no terminal, shows nothing.
+
+    It leaves nothing behind when the work fails: the error is then all that there is to read.
+    """
+    progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -17,8 +21,14 @@ def progress_bar(console: Console) -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
-        disable=console.quiet,
+        disable=console.quiet or not console.is_terminal,
     )
+    with progress:
+        try:
+            yield progress
+        except BaseException:
+            progress.live.transient = True
+            raise
 
 
 @contextmanager

@@ -28,14 +28,15 @@ class SharedLevels:
         self.levels: list[list[np.ndarray]] = []
         self.parents: list[list[int]] = []  # of each level but the first
         self._nodes: dict[bytes, ResidentNode] = {}
-        self._kept_with: AttentionMethod | None = None
+        self._methods: list[AttentionMethod] = []  # that computed each level
 
     def check(self, method: AttentionMethod) -> None:
         """Raises InputError when ``method`` cannot continue what is kept."""
-        if self._kept_with is not None and method.uses_cache and not self._kept_with.uses_cache:
+        keyless = [m.name for m in self._methods if not m.uses_cache]
+        if method.uses_cache and keyless:
             raise InputError(
-                f"the kept levels were computed with attention {self._kept_with.name!r}, which keeps no keys for "
-                f"{method.name!r} to read; empty them first, or use shared_cache_op='wipe'"
+                f"kept levels were computed with attention {keyless[0]!r}, which keeps no keys for {method.name!r} to "
+                "read; empty or truncate them first, or use shared_cache_op='wipe'"
             )
 
     def resident(self, tree: PrefixTree) -> dict[int, ResidentNode]:
@@ -97,7 +98,7 @@ class SharedLevels:
                 self._nodes[key] = ResidentNode(int(placement.node_starts[i]), length, executor.node_hidden[i])
         self.parents = self.parents_of_next(len(prompts), parents)
         self.levels.append([np.asarray(entry, dtype=np.int64) for entry in prompts])
-        self._kept_with = method
+        self._methods.append(method)
         return hidden[torch.from_numpy(np.argsort(tree.order)).to(hidden.device)]
 
     def truncate(self, num_levels: int) -> None:
@@ -105,20 +106,19 @@ class SharedLevels:
         if not 0 <= num_levels <= len(self.levels):
             raise InputError(f"cannot keep {num_levels} shared levels; accepted: 0 to {len(self.levels)}, as there are")
         self.levels, self.parents = self.levels[:num_levels], self.parents[: max(num_levels - 1, 0)]
+        del self._methods[num_levels:]
         wanted: set[bytes] = set()
         if self.levels:
             last = self.levels[-1]
             ends = [*self.levels, [()] * len(last)]
             wanted = set(_path_keys(build_from_levels(ends, parents=[*self.parents, list(range(len(last)))])))
-        else:
-            self._kept_with = None
         for key in [key for key in self._nodes if key not in wanted]:
             node = self._nodes.pop(key)
             self._arena.free(node.slot, node.length)
 
 
 def even_parents(num_above: int, num_below: int) -> list[int]:
-    """The parent of each entry of a level that divides evenly over the level above. Raises InputError if it is uneven."""
+    """The parent of each entry of a level that divides evenly over the level above. Raises InputError if uneven."""
     if num_below == 0 or num_below % num_above:
         raise InputError(
             f"{num_below} prompts do not divide evenly over the {num_above} of the level above; accepted: a multiple "

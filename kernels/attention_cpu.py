@@ -135,7 +135,12 @@ def _dense_calls(segment: Segment) -> list[_Call]:
 
 
 def _group(
-    q_starts: np.ndarray, q_lens: np.ndarray, k_starts: np.ndarray, k_lens: np.ndarray, k_rooms: np.ndarray, causal: bool
+    q_starts: np.ndarray,
+    q_lens: np.ndarray,
+    k_starts: np.ndarray,
+    k_lens: np.ndarray,
+    k_rooms: np.ndarray,
+    causal: bool,
 ) -> list[_Call]:
     """One call for each run of rows at constant strides. Rows without queries or keys are left out: ATen dies of
     zero-length keys."""

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from engine.bench.breakdown import print_breakdown, run_breakdown
-from engine.bench.modes import ModelOptions, check_mode
+from engine.bench.modes import MODES, ModelOptions, check_mode
 from engine.bench.ranges import parse_range
 from engine.cli import make_app, run
 from engine.distributed import init_group
@@ -28,7 +28,7 @@ def decode_step(
     shared: Annotated[str, typer.Option(help="Tokens of the shared prompt: a range.")] = "1024,4096",
     unique: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 16,
     num_iters: Annotated[int, typer.Option(min=1, help="Timed runs of a cell.")] = 5,
-    modes: Annotated[str, typer.Option(help="Modes to time, separated by commas.")] = "noattention,hydragen,hydragen_noshared,hf",
+    modes: Annotated[str, typer.Option(help="Modes to time, separated by commas.")] = ",".join(MODES[:4]),
     seed: Annotated[int, typer.Option(min=0, help="Of the prompt, and of dummy weights.")] = 0,
 ) -> None:
     """Time a decode step in each mode, and alone the operations that it consists of.

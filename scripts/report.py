@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from engine.bench.report import build_rows, plot, print_table, write_csv
 from engine.bench.results import read_results
-from engine.cli import make_app, run
+from engine.cli import make_app, make_console, run
 from engine.errors import InputError
 
 app = make_app()
@@ -48,9 +47,7 @@ def report(
             f"no results in {', '.join(map(str, outdirs))}; "
             "give the OUTDIR of scripts/synth.py, the folder that holds MODE/*.yaml"
         )
-    console = Console()
-    # Into a file or a pipe the table keeps its full width, whatever width a terminal is assumed to have.
-    print_table(rows, console if console.is_terminal else Console(width=140))
+    print_table(rows, make_console())
     if not no_csv:
         csv = csv or outdirs[0] / "report.csv"
         write_csv(rows, csv)

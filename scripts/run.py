@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from engine import LLM, PromptLevels, RequestOutput, SamplingParams
 from engine.attention import METHODS
-from engine.cli import make_app, run
+from engine.cli import make_app, make_console, run
 from engine.distributed import init_group
 from engine.errors import InputError
 from engine.files import write_whole
@@ -47,9 +46,9 @@ def generate(
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. CUDA where there is one.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")] = None,
     cache_tokens: Annotated[
-        int | None, typer.Option(help="Tokens that the KV cache has room for. Sized by the work and memory without it.")
+        int | None, typer.Option(min=1, help="Tokens that the KV cache has room for. Sized by the work and memory without it.")
     ] = None,
-    max_batch_size: Annotated[int, typer.Option(help="Completions that run at once at most.")] = 1024,
+    max_batch_size: Annotated[int, typer.Option(min=1, help="Completions that run at once at most.")] = 1024,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a rank that waits for another gives up.")] = 600,
 ) -> None:
     """Generate completions. Prompts that begin alike share what they have in common: it is computed and read once.
@@ -66,6 +65,8 @@ def generate(
     """
     if (prompts is None) == (prompt_file is None):
         raise InputError("give prompts in one way: either --prompts, once for each level, or --prompt-file")
+    if output is not None:
+        _check_output(output)
     params = SamplingParams(
         n=n,
         temperature=temperature,
@@ -91,17 +92,18 @@ def generate(
             group=group,
         )
         num_prompts = len(given.levels[-1] if isinstance(given, PromptLevels) else given)
-        with generation_progress(num_prompts * n, Console(stderr=True, quiet=group.rank != 0)) as on_tokens:
+        with generation_progress(num_prompts * n, make_console(stderr=True, quiet=group.rank != 0)) as on_tokens:
             results = llm.generate(given, params, disable_hierarchy=disable_hierarchy, on_tokens=on_tokens)
-        if group.rank == 0:
-            text = "".join(map(_as_json if jsonl else _as_text, results))
-            if output is None:
-                print(text, end="")
-            else:
-                write_whole(output, text.encode())
-        group.barrier()
+        text = "".join(map(_as_json if jsonl else _as_text, results))
+        group.on_rank_0(lambda: print(text, end="") if output is None else write_whole(output, text.encode()))
     finally:
         group.close()
+
+
+def _check_output(path: Path) -> None:
+    """Before the work is done, not after."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise InputError(f"--output {path}: accepted: a file in a directory that exists; make it, or use another path")
 
 
 def _as_json(result: RequestOutput) -> str:

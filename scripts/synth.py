@@ -4,18 +4,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from engine.attention import METHODS
 from engine.bench.modes import MODES, ModelOptions, check_mode
 from engine.bench.ranges import parse_range
 from engine.bench.report import build_rows, print_table
-from engine.bench.results import Cell, read_results
-from engine.bench.synth import Sweep, print_plan, run_sweep
-from engine.cli import make_app, run
+from engine.bench.results import read_results
+from engine.bench.synth import Sweep, make_grid, print_plan, run_sweep
+from engine.cli import make_app, make_console, run
 from engine.distributed import init_group
-from engine.errors import InputError
-from engine.loader import read_config
 
 app = make_app()
 
@@ -72,31 +68,23 @@ def synth(
           --mode hydragen --model-name codellama/CodeLlama-7b-Instruct-hf --tp-dir shards/7b
       python scripts/synth.py results/7b 32:4097:x2 16256 128 --model-name codellama/CodeLlama-7b-hf --dry-run --tp 8
     """
-    check_mode(mode)
     ranges = [
         parse_range(text, name=name)
         for text, name in ((batch_size, "BS"), (num_shared, "NUM_SHARED"), (num_unique, "NUM_UNIQUE"))
     ]
-    cells = tuple(Cell(mode, b, s, u) for u in ranges[2] for s in ranges[1] for b in ranges[0])
     model = ModelOptions(model_name, tp_dir, load_format, dtype, revision, seed)
-    sweep = Sweep(outdir, mode, cells, model, num_iters, num_warmup, calc_prefill)
+    sweep = Sweep(outdir, mode, make_grid(mode, *ranges), model, num_iters, num_warmup, calc_prefill, tp)
     group = init_group(device, timeout_s=timeout)
-    console = Console(quiet=group.rank != 0)
     try:
+        check_mode(mode, model, group.size, tp, dry_run)
+        results_console = make_console(quiet=group.rank != 0)
         if dry_run:
-            config = read_config(model_name, tp_dir=tp_dir, load_format=load_format, dtype=dtype, revision=revision)
-            print_plan(sweep, config, tp or group.size, console)
+            print_plan(sweep, tp or group.size, results_console)
             return
-        if mode in METHODS and tp not in (None, group.size):
-            raise InputError(
-                f"--tp {tp} was given to {group.size} rank(s); mode {mode} has as many as torchrun starts: use "
-                f"torchrun --standalone --nproc_per_node={tp} scripts/synth.py, and leave --tp out"
-            )
-        run_sweep(sweep, group, tp or 1, console)
+        run_sweep(sweep, group, make_console(stderr=True, quiet=group.rank != 0))
         if group.rank == 0:
-            rows = build_rows(read_results([outdir]))
-            print_table(rows, console if console.is_terminal else Console(width=140))
-            console.print(f"Results are in {outdir}. To plot them: python scripts/report.py {outdir}")
+            print_table(build_rows(read_results([outdir])), results_console)
+            results_console.print(f"Results are in {outdir}. To plot them: python scripts/report.py {outdir}")
     finally:
         group.close()
 

@@ -2,7 +2,12 @@
 
 from pathlib import Path
 
+from commands import load
 from models import hf_model
+
+from engine.checkpoint import weight_shapes, write_checkpoint
+from engine.dummy import dummy_tensor
+from engine.presets import find_preset
 
 _SIXTHS = dict(num_attention_heads=6, num_key_value_heads=3, head_dim=8, intermediate_size=57)
 
@@ -26,4 +31,12 @@ def save_hf(folder: Path, family: str = "llama", seed: int = 0, **changes) -> Pa
     """``hf_model`` as several files and their index, with something in the place of a tokenizer."""
     hf_model(family, seed, **changes).save_pretrained(folder, max_shard_size="50KB")
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    return folder
+
+
+def save_tiny(folder: Path) -> Path:
+    """What ``tools/make_checkpoint.py tiny`` writes: the preset ``tiny``, and a tokenizer of bytes, BOS first."""
+    config = find_preset("tiny")
+    tensors = ((name, dummy_tensor(name, shape, config.dtype)) for name, shape in weight_shapes(config).items())
+    write_checkpoint(folder, config, tensors, 10**9, load("tools/make_checkpoint.py").byte_tokenizer(config))
     return folder

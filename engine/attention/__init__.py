@@ -6,7 +6,7 @@ from engine.attention.noattention import NoAttention
 from engine.attention.noshared import HydragenNoShared
 from engine.errors import InputError
 
-METHODS: dict[str, AttentionMethod] = {method.name: method for method in (Hydragen(), HydragenNoShared(), NoAttention())}
+METHODS: dict[str, AttentionMethod] = {m.name: m for m in (Hydragen(), HydragenNoShared(), NoAttention())}
 
 
 def get_method(name: str) -> AttentionMethod:

@@ -1,6 +1,6 @@
 """The engine's attention methods as modes of a sweep."""
 
-from engine.bench.memory_model import Footprint, cache_tokens, footprint
+from engine.bench.memory_model import cache_tokens
 from engine.bench.modes import ModelOptions
 from engine.bench.results import Cell
 from engine.distributed import TPGroup
@@ -17,7 +17,7 @@ class EngineMode:
     """
 
     def __init__(self, method: str, options: ModelOptions, group: TPGroup):
-        self.method, self.group = method, group
+        self.method = method
         loaded = load_model(
             options.name,
             group,
@@ -27,12 +27,8 @@ class EngineMode:
             revision=options.revision,
             seed=options.seed,
         )
-        self.config = loaded.config
         self.engine = Engine(loaded.model)
         self._batch_size = 0
-
-    def footprint(self, cell: Cell) -> Footprint:
-        return footprint(self.config, self.group.size, cell)
 
     def set_up(self, cell: Cell) -> None:
         self._batch_size = cell.batch_size

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
+from engine.cpu import read_cpu
+
 # Distributions whose version can change a result, the peers that a sweep runs beside the engine included.
 _DISTRIBUTIONS = ("torch", "triton", "numpy", "transformers", "vllm", "flash-attn", "tributary")
-_CPUINFO = Path("/proc/cpuinfo")
 
 
 def describe_environment(device: torch.device, dtype: torch.dtype, world_size: int) -> dict[str, object]:
@@ -20,16 +21,16 @@ def describe_environment(device: torch.device, dtype: torch.dtype, world_size: i
     without that, bfloat16 on it is emulated and its times say little (None: unknown). ``versions`` has the installed
     libraries only. Nothing that identifies the machine or its user is included.
     """
-    cpu_name, cpu_bf16 = _read_cpuinfo()
+    cpu = read_cpu()
     environment: dict[str, object] = {
         "device": device.type,
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu.name,
         "dtype": str(dtype).removeprefix("torch."),
         "world_size": world_size,
         "num_threads": torch.get_num_threads(),
         "num_cpus": os.cpu_count(),
-        "cpu_name": cpu_name,
-        "cpu_bf16": cpu_bf16,
+        "cpu_name": cpu.name,
+        "cpu_bf16": cpu.has_bf16,
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
@@ -41,21 +42,6 @@ def describe_environment(device: torch.device, dtype: torch.dtype, world_size: i
         environment["device_memory_bytes"] = properties.total_memory
         environment["compute_capability"] = f"{properties.major}.{properties.minor}"
     return environment
-
-
-def _read_cpuinfo(path: Path = _CPUINFO) -> tuple[str, bool | None]:
-    """``(model name, multiplies bfloat16 natively)``, read from the first processor of Linux's ``/proc/cpuinfo``."""
-    fields: dict[str, str] = {}
-    if path.exists():
-        for line in path.read_text(errors="replace").splitlines():
-            key, colon, value = line.partition(":")
-            if colon:
-                fields.setdefault(key.strip().lower(), value.strip())
-    name = fields.get("model name") or platform.processor() or platform.machine()
-    flags = fields.get("flags") or fields.get("features")  # x86 and Arm spell it differently
-    if flags is None:
-        return name, None
-    return name, not {"amx_bf16", "avx512_bf16", "bf16"}.isdisjoint(flags.split())
 
 
 def _installed_versions() -> dict[str, str]:

@@ -4,6 +4,7 @@ Shapes: T tokens of the prompt, B sequences.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -28,7 +29,7 @@ class Footprint:
 
 
 def cache_tokens(cell: Cell) -> int:
-    """Tokens whose keys and values the arena holds: the prompt that is kept, and what each sequence has of its own.
+    """Tokens whose keys and values are kept: the prompt, and what each sequence has of its own.
 
     The last generated token is never read again, so it has no place.
     """
@@ -37,18 +38,22 @@ def cache_tokens(cell: Cell) -> int:
         return 0
     if cell.mode == "hydragen":
         return cell.num_shared + cell.batch_size * own
+    if cell.mode == "hf":
+        return cell.batch_size * (cell.num_shared + own)
     return cell.num_shared + cell.batch_size * (cell.num_shared + own)
 
 
-def footprint(config: ModelConfig, world_size: int, cell: Cell) -> Footprint:
+def footprint(config: ModelConfig, world_size: int, cell: Cell) -> Footprint | None:
     """What ``cell`` needs on each of ``world_size`` ranks, in the config's dtype.
 
-    Raises InputError for a world size that the model cannot be cut into.
+    None for vLLM, which takes its share of the device when it starts, and runs what does not fit in turns. Raises
+    InputError for a world size that the model cannot be cut into.
     """
+    if cell.mode.startswith("vllm"):
+        return None
     dtype = config.dtype
-    with torch.device("meta"):
-        model = Transformer(config, TPGroup(0, world_size, "meta"))
-    per_token = KVCache.bytes_per_slot(config, model.num_kv_heads, dtype)
+    weights, num_kv_heads = _weights(config, world_size)
+    cache = cache_tokens(cell) * KVCache.bytes_per_slot(config, num_kv_heads, dtype)
     q_size = config.num_heads // world_size * config.head_dim
     mlp_size = config.intermediate_size // world_size
     T, B = cell.num_shared, cell.batch_size
@@ -58,8 +63,16 @@ def footprint(config: ModelConfig, world_size: int, cell: Cell) -> Footprint:
     # A decode step does the same for one token of each sequence, and makes logits, once more in float32.
     step = B * (3 * config.hidden_size + 3 * q_size + 3 * mlp_size)
     logits = B * -(-config.vocab_size // world_size) * (dtype.itemsize + 4)
-    return Footprint(
-        weights=sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize,
-        cache=cache_tokens(cell) * per_token,
-        activations=max(prefill * dtype.itemsize, step * dtype.itemsize + logits),
-    )
+    activations = max(prefill * dtype.itemsize, step * dtype.itemsize + logits)
+    if cell.mode == "hf":
+        activations += cache // (2 * config.num_layers)  # a cache that grows by a token is copied, tensor by tensor
+    return Footprint(weights, cache, activations)
+
+
+@lru_cache
+def _weights(config: ModelConfig, world_size: int) -> tuple[int, int]:
+    """Bytes of a rank's parameters, and its KV heads."""
+    with torch.device("meta"):
+        model = Transformer(config, TPGroup(0, world_size, "meta"))
+    num_bytes = sum(parameter.numel() for parameter in model.parameters()) * config.dtype.itemsize
+    return num_bytes, model.num_kv_heads

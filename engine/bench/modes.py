@@ -5,19 +5,21 @@ often as it is asked. Every mode chooses tokens greedily from the same prompt.
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from engine.attention import METHODS
-from engine.bench.memory_model import Footprint
 from engine.bench.results import Cell
 from engine.config import ModelConfig
 from engine.distributed import TPGroup
 from engine.errors import InputError
+from engine.loader import read_config
 
-EXTERNAL_MODES = ("hf", "vllm", "vllm_notok")
+# Other systems, and the library that each needs; the extra that installs it has the library's name.
+EXTERNAL_MODES = {"hf": "transformers", "vllm": "vllm", "vllm_notok": "vllm"}
 MODES = (*METHODS, *EXTERNAL_MODES)
 
 
@@ -32,14 +34,15 @@ class ModelOptions:
     revision: str | None = None
     seed: int = 0  # of dummy weights and of the prompt
 
+    def config(self) -> ModelConfig:
+        """That of the model, in the dtype that every mode runs it in; no weights are read or downloaded."""
+        return read_config(
+            self.name, tp_dir=self.tp_dir, load_format=self.load_format, dtype=self.dtype, revision=self.revision
+        )
+
 
 class Mode(Protocol):
     """One system with a loaded model."""
-
-    config: ModelConfig  # its dtype is the one that the mode runs in
-
-    def footprint(self, cell: Cell) -> Footprint | None:
-        """Bytes that each rank needs for the cell; None where this mode does not know."""
 
     def set_up(self, cell: Cell) -> None:
         """Takes the memory of a cell. Raises InputError or an out-of-memory error when there is not enough."""
@@ -54,29 +57,48 @@ class Mode(Protocol):
         """Gives the cell's memory back."""
 
 
-def check_mode(name: str) -> None:
+def check_mode(name: str, options: ModelOptions, num_ranks: int, tp: int | None, dry_run: bool = False) -> None:
+    """Raises InputError for a mode that is unknown or not installed, and for options that it has no use for.
+
+    ``tp`` is the tensor-parallel size that was asked for: how many processes vLLM starts, or how many ranks a dry run
+    is to plan for. Otherwise ranks are what ``torchrun`` started.
+    """
     if name not in MODES:
         raise InputError(f"mode {name!r} is not known; accepted: {', '.join(MODES)}")
+    if name in METHODS:
+        if not dry_run and tp not in (None, num_ranks):
+            raise InputError(
+                f"--tp {tp} was given to {num_ranks} rank(s); mode {name} has as many as torchrun starts: use "
+                f"torchrun --standalone --nproc_per_node={tp}, and leave --tp out"
+            )
+        return
+    library = EXTERNAL_MODES[name]
+    if options.tp_dir is not None:
+        raise InputError(
+            f"--tp-dir {options.tp_dir} was given, but mode {name} reads no shards; leave it out, or use mode "
+            f"{', '.join(METHODS)}"
+        )
+    if num_ranks > 1:
+        raise InputError(f"mode {name} is started once, not on {num_ranks} ranks; use python instead of torchrun")
+    if name == "hf" and tp not in (None, 1):
+        raise InputError(f"--tp {tp} was given, but mode hf runs in one process; leave it out")
+    if find_spec(library) is None:
+        raise InputError(f"mode {name} needs {library}, which is not installed; run: pip install tributary[{library}]")
 
 
-def make_mode(name: str, options: ModelOptions, group: TPGroup, tp: int) -> Mode:
-    """Loads the model for a mode. Raises InputError for options that the mode has no use for."""
-    check_mode(name)
+def make_mode(name: str, options: ModelOptions, group: TPGroup, tp: int | None) -> Mode:
+    """Loads the model for a mode that has passed ``check_mode``."""
     if name in METHODS:
         from engine.bench.engine_mode import EngineMode
 
         return EngineMode(name, options, group)
-    if options.tp_dir is not None:
-        raise InputError(f"--tp-dir was given, but mode {name} does not read shards; leave it out, or use {METHODS}")
-    if group.size > 1:
-        raise InputError(f"mode {name} runs in one process, not in {group.size}; start it with python, not torchrun")
     if name == "hf":
         from engine.bench.hf_mode import HFMode
 
         return HFMode(options, group)
     from engine.bench.vllm_mode import VLLMMode
 
-    return VLLMMode(options, group, tp, detokenize=name == "vllm")
+    return VLLMMode(options, tp or 1, detokenize=name == "vllm")
 
 
 def make_prompt(vocab_size: int, length: int, seed: int) -> list[int]:

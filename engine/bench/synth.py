@@ -3,10 +3,11 @@
 Every rank runs every cell; rank 0 decides what is left to do, writes the files and prints.
 """
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -21,8 +22,11 @@ from engine.bench.timing import Timer
 from engine.config import ModelConfig
 from engine.distributed import TPGroup
 from engine.errors import InputError
-from engine.memory import available_bytes
+from engine.memory import available_bytes, is_out_of_memory
 from engine.progress import progress_bar
+from engine.shards import dtype_name
+
+MAX_CELLS = 10_000
 
 
 @dataclass(frozen=True)
@@ -36,188 +40,264 @@ class Sweep:
     num_iters: int
     num_warmup: int
     calc_prefill: bool  # time the shared prompt's prefill too, as often as the decoding
+    tp: int | None = None  # processes that vLLM starts
 
 
-def run_sweep(sweep: Sweep, group: TPGroup, tp: int, console: Console) -> None:
+def make_grid(
+    mode: str, batch_sizes: Sequence[int], num_shared: Sequence[int], num_unique: Sequence[int]
+) -> tuple[Cell, ...]:
+    """Every combination; batch sizes change fastest. Raises InputError for more than ``MAX_CELLS``."""
+    count = len(batch_sizes) * len(num_shared) * len(num_unique)
+    if count > MAX_CELLS:
+        raise InputError(f"the ranges make {count} cells; accepted: at most {MAX_CELLS}; use longer steps")
+    return tuple(Cell(mode, b, s, u) for u in num_unique for s in num_shared for b in batch_sizes)
+
+
+def run_sweep(sweep: Sweep, group: TPGroup, console: Console) -> None:
     """Runs the cells that have no result yet, and writes each as soon as it is done.
 
-    Raises InputError when the directory holds results of another model or dtype, or the mode cannot be run.
+    Raises InputError when OUTDIR cannot be used or holds results of another model or dtype, when the model cannot be
+    loaded, and when one rank of several runs out of memory.
     """
-    todo = group.broadcast(_unfinished(sweep) if group.rank == 0 else None)
+    config = sweep.model.config()
+    todo = group.on_rank_0(lambda: _unfinished(sweep, config))
     skipped = len(sweep.cells) - len(todo)
     if skipped:
         console.print(f"{skipped} of {len(sweep.cells)} cells have results in {sweep.outdir} and are skipped.")
     if not todo:
         return
     console.print(f"Loading {sweep.model.name} for mode {sweep.mode} ...")
-    mode = make_mode(sweep.mode, sweep.model, group, tp)
-    environment = describe_environment(group.device, mode.config.dtype, tp if sweep.mode.startswith("vllm") else group.size)
-    message = group.broadcast(_foreign_results(sweep, environment["dtype"]) if group.rank == 0 else None)
-    if message:
-        raise InputError(message)
-    limit = min(group.gather_objects(available_bytes(group)))
-    ceilings: dict[int, Ceilings] = {}
+    mode = make_mode(sweep.mode, sweep.model, group, sweep.tp)
+    runner = _Runner(sweep, config, mode, group)
     with progress_bar(console) as progress:
         task = progress.add_task(sweep.mode, total=len(todo))
         for cell in todo:
             progress.update(task, description=_name(cell))
-            result = _run_cell(cell, sweep, mode, group, environment, limit, ceilings)
-            if group.rank == 0:
-                write_cell(sweep.outdir, result)
-            if result.status != Status.OK:
-                console.print(f"{_name(cell)}: {result.message}")
+            result = runner.run(cell)
+            group.on_rank_0(lambda: write_cell(sweep.outdir, result))
+            console.print(f"{_name(cell)}: {_outcome(result)}", highlight=False)
             progress.advance(task)
-    group.barrier()  # every file is there before any rank goes on
 
 
-def _unfinished(sweep: Sweep) -> list[Cell]:
-    return [cell for cell in sweep.cells if not is_finished(sweep.outdir, cell)]
-
-
-def _foreign_results(sweep: Sweep, dtype: str) -> str | None:
-    """What to say when the directory holds results that cannot be compared with those to come."""
-    if not sweep.outdir.is_dir():
-        return None
-    for result in read_results([sweep.outdir], warn=lambda line: None):
-        theirs = result.environment.get("dtype")
-        if (result.model_name, theirs) != (sweep.model.name, dtype):
-            return (
-                f"{sweep.outdir} holds results of {result.model_name} in {theirs}; this sweep is of {sweep.model.name} "
-                f"in {dtype}; use another OUTDIR"
-            )
-    return None
-
-
-def _run_cell(
-    cell: Cell,
-    sweep: Sweep,
-    mode: Mode,
-    group: TPGroup,
-    environment: dict,
-    limit: int,
-    ceilings: dict[int, Ceilings],
-) -> CellResult:
-    """Times one cell on all ranks, or says why it was not."""
-    needed = mode.footprint(cell)
-    result = CellResult(
-        cell=cell,
-        status=Status.OK,
-        model_name=sweep.model.name,
-        seed=sweep.model.seed,
-        num_iters=sweep.num_iters,
-        num_warmup=sweep.num_warmup,
-        environment=environment,
-        predicted_bytes=() if needed is None else (needed.total,) * group.size,
-    )
-    refusal = _refusal(cell, mode.config, needed, limit)
-    if refusal:
-        return replace(result, status=Status.DOES_NOT_FIT, message=refusal)
-    try:
-        mode.set_up(cell)
-        times = _time(cell, sweep, mode, group)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        result = replace(result, status=Status.OUT_OF_MEMORY, message=f"out of memory: {str(error).splitlines()[0]}")
-        if group.size == 1:
-            return result
-        # The other ranks are waiting for this one: there is no going on together. The next run goes on after the cell.
-        write_cell(sweep.outdir, result)
-        raise InputError(
-            f"rank {group.rank} ran out of memory in {_name(cell)}, which is recorded; run the same command again to "
-            "go on with the next cell"
-        ) from error
-    finally:
-        mode.release()
-    result = replace(result, **times)
-    return _with_roofline(result, mode, group, ceilings) if cell.mode in METHODS else result
-
-
-def _refusal(cell: Cell, config: ModelConfig, needed: Footprint | None, limit: int) -> str | None:
-    length = cell.num_shared + cell.num_unique
-    if length > config.max_position_embeddings:
-        return f"{length} tokens a sequence; the model has {config.max_position_embeddings} positions"
-    # The weights are there already.
-    if needed is not None and needed.cache + needed.activations > limit:
-        return (
-            f"needs {(needed.cache + needed.activations) / 2**30:.2f} GiB a rank beside the weights; "
-            f"{limit / 2**30:.2f} GiB are free"
-        )
-    return None
-
-
-def _time(cell: Cell, sweep: Sweep, mode: Mode, group: TPGroup) -> dict:
-    """Raw times in ms, each that of the slowest rank, and the peak memory of each rank."""
-    prompt = make_prompt(mode.config.vocab_size, cell.num_shared, sweep.model.seed)
-
-    def timed(fn, *args) -> float:
-        group.barrier()
-        with Timer(group.device) as timer:
-            fn(*args)
-        return max(group.gather_objects(timer.ms))
-
-    with PeakMemory(group.device) as peak:
-        prefill_ms = []
-        mode.prefill(prompt)
-        if sweep.calc_prefill:
-            prefill_ms = [timed(mode.prefill, prompt) for _ in range(sweep.num_iters)]
-        for _ in range(sweep.num_warmup):
-            mode.generate(cell.num_unique)
-        decode_ms, first_token_ms = [], []
-        for _ in range(sweep.num_iters):  # turn by turn, so that a busy spell of the machine meets both
-            decode_ms.append(timed(mode.generate, cell.num_unique))
-            if cell.num_unique > 1:
-                first_token_ms.append(timed(mode.generate, 1))
-    return {
-        "prefill_ms": tuple(prefill_ms),
-        "decode_ms": tuple(decode_ms),
-        "first_token_ms": tuple(first_token_ms),
-        "peak_bytes": tuple(group.gather_objects(peak.bytes)),
-    }
-
-
-def _with_roofline(result: CellResult, mode: Mode, group: TPGroup, ceilings: dict[int, Ceilings]) -> CellResult:
-    """Adds what the decode step achieved, and the least time that the machine's ceilings allow it."""
-    cell, config, step_ms = result.cell, mode.config, result.decode_step_ms
-    if step_ms is None:
-        return result
-    if cell.batch_size not in ceilings:
-        group.barrier()
-        ceilings[cell.batch_size] = measure_ceilings(group.device, mode.config.dtype, rows=cell.batch_size)
-    cost = decode_step_cost(
-        cell.mode,
-        batch=cell.batch_size,
-        shared_len=cell.num_shared,
-        unique_len=cell.num_unique / 2,  # own keys are 1, 2, ... num_unique - 1 in the steps that are timed
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        vocab_size=config.vocab_size,
-        world_size=group.size,
-        bytes_per_element=mode.config.dtype.itemsize,
-    )
-    return replace(
-        result,
-        achieved_gbs=cost.bytes / (step_ms * 1e6),
-        achieved_tflops=cost.flops / (step_ms * 1e9),
-        roofline_ms=predict_ms(cost, ceilings[cell.batch_size]),
-    )
-
-
-def print_plan(sweep: Sweep, config: ModelConfig, world_size: int, console: Console) -> None:
-    """The grid with each cell's predicted memory per rank. Runs nothing."""
-    table = Table(title=f"{sweep.mode}: {sweep.model.name}, {config.dtype}, {world_size} rank(s); GiB per rank")
+def print_plan(sweep: Sweep, num_ranks: int, console: Console) -> None:
+    """The grid with each cell's predicted memory per rank. Runs nothing, loads no weights, writes nothing."""
+    config = sweep.model.config()
+    todo = set(_unfinished(sweep, config))
+    title = f"{sweep.mode}: {sweep.model.name}, {dtype_name(config.dtype)}, {num_ranks} rank(s); GiB per rank"
+    table = Table(title=title)
     for column in ("batch", "shared", "unique", "weights", "KV cache", "activations", "total", "result"):
         table.add_column(column, justify="right")
     for cell in sweep.cells:
-        need = footprint(config, world_size, cell)
-        sizes = [f"{size / 2**30:.3f}" for size in (need.weights, need.cache, need.activations, need.total)]
-        done = "there already" if is_finished(sweep.outdir, cell) else "to be run"
-        table.add_row(str(cell.batch_size), str(cell.num_shared), str(cell.num_unique), *sizes, done)
+        need = footprint(config, num_ranks, cell)
+        parts = () if need is None else (need.weights, need.cache, need.activations, need.total)
+        sizes = [f"{size / 2**30:.3f}" for size in parts] or ["-"] * 4
+        state = "to be run" if cell in todo else "there already"
+        if _length(cell) > config.max_position_embeddings:
+            state = "too long"
+        table.add_row(str(cell.batch_size), str(cell.num_shared), str(cell.num_unique), *sizes, state)
     console.print(table)
+
+
+# ---- what is left to do
+
+
+def _unfinished(sweep: Sweep, config: ModelConfig) -> list[Cell]:
+    """The cells without a result. Raises InputError when OUTDIR cannot take those to come."""
+    _check_outdir(sweep.outdir)
+    if sweep.outdir.is_dir():
+        ours = (sweep.model.name, dtype_name(config.dtype))
+        for result in read_results([sweep.outdir], warn=lambda line: None):  # is_finished warns
+            theirs = (result.model_name, result.environment.get("dtype"))
+            if theirs != ours:
+                raise InputError(
+                    f"{sweep.outdir} holds results of {theirs[0]} in {theirs[1]}; this sweep is of {ours[0]} in "
+                    f"{ours[1]}; use another OUTDIR"
+                )
+    return [cell for cell in sweep.cells if not is_finished(sweep.outdir, cell)]
+
+
+def _check_outdir(outdir: Path) -> None:
+    """Raises InputError when results could not be written there: after hours of measuring it would be too late."""
+    existing = next(path for path in (outdir, *outdir.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise InputError(f"{existing} is a file; accepted: an OUTDIR that is a directory, or is to be one; use another")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{existing} cannot be written to; accepted: an OUTDIR that can; use another")
+
+
+# ---- one cell
+
+
+class _Runner:
+    """Runs cells of a loaded mode on all ranks."""
+
+    def __init__(self, sweep: Sweep, config: ModelConfig, mode: Mode, group: TPGroup):
+        self._sweep, self._config, self._mode, self._group = sweep, config, mode, group
+        num_ranks = sweep.tp or 1 if sweep.mode.startswith("vllm") else group.size
+        self._environment = describe_environment(group.device, config.dtype, num_ranks)
+        self._limit = min(group.gather_objects(available_bytes(group)))
+        self._ceilings: dict[int, Ceilings] = {}  # by batch size
+
+    def run(self, cell: Cell) -> CellResult:
+        """Times the cell, or says why it was not."""
+        sweep, group, mode = self._sweep, self._group, self._mode
+        needed = footprint(self._config, group.size, cell)
+        result = CellResult(
+            cell=cell,
+            status=Status.OK,
+            model_name=sweep.model.name,
+            seed=sweep.model.seed,
+            num_iters=sweep.num_iters,
+            num_warmup=sweep.num_warmup,
+            environment=self._environment,
+            predicted_bytes=() if needed is None else (needed.total,) * group.size,
+        )
+        refusal = self._refusal(cell, needed)
+        if refusal:
+            return replace(result, status=Status.DOES_NOT_FIT, message=refusal)
+        try:
+            failure = self._set_up(cell)
+            if failure is not None:
+                status, message = failure
+                return replace(result, status=status, message=message)
+            result = replace(result, **self._time(cell))
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                return self._ran_out(result, error)
+            self._blame_another_rank(cell, error)
+            raise
+        finally:
+            mode.release()
+        return self._with_roofline(result) if cell.mode in METHODS else result
+
+    def _refusal(self, cell: Cell, needed: Footprint | None) -> str | None:
+        positions = self._config.max_position_embeddings
+        if _length(cell) > positions:
+            return f"{_length(cell)} tokens a sequence; the model has {positions} positions"
+        # The weights are there already.
+        if needed is not None and needed.cache + needed.activations > self._limit:
+            return (
+                f"needs {(needed.cache + needed.activations) / 2**30:.2f} GiB a rank beside the weights; "
+                f"{self._limit / 2**30:.2f} GiB are free"
+            )
+        return None
+
+    def _set_up(self, cell: Cell) -> tuple[Status, str] | None:
+        """Takes the cell's memory on every rank. When any fails, all know of the first one's failure."""
+        failure = None
+        try:
+            self._mode.set_up(cell)
+        except InputError as error:
+            failure = (Status.DOES_NOT_FIT, str(error))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = (Status.OUT_OF_MEMORY, _out_of_memory(error))
+        return next((f for f in self._group.gather_objects(failure) if f is not None), None)
+
+    def _ran_out(self, result: CellResult, error: Exception) -> CellResult:
+        """The result of a cell that ran out of memory after all."""
+        result = replace(result, status=Status.OUT_OF_MEMORY, message=_out_of_memory(error))
+        if self._group.size == 1:
+            return result
+        # The other ranks may be waiting for this one: there is no going on together. The next run skips the cell.
+        try:
+            write_cell(self._sweep.outdir, result)
+        except FileNotFoundError:
+            pass  # another rank that ran out too has just put its file, of the same name, in place
+        raise InputError(
+            f"rank {self._group.rank} ran out of memory in {_name(result.cell)}, which is recorded; run the same "
+            "command again to go on with the next cell"
+        ) from error
+
+    def _blame_another_rank(self, cell: Cell, error: RuntimeError) -> None:
+        """Raises InputError when a collective failed because the rank at the other end ran out of memory."""
+        if self._group.size == 1 or not is_finished(self._sweep.outdir, cell, warn=lambda line: None):
+            return
+        raise InputError(
+            f"another rank ran out of memory in {_name(cell)}, which is recorded; run the same command again to go on "
+            "with the next cell"
+        ) from error
+
+    def _time(self, cell: Cell) -> dict[str, tuple]:
+        """Raw times in ms, each that of the slowest rank, and the peak memory of each rank."""
+        sweep, group, mode = self._sweep, self._group, self._mode
+        prompt = make_prompt(self._config.vocab_size, cell.num_shared, sweep.model.seed)
+
+        def timed(fn, *args) -> float:
+            group.barrier()
+            with Timer(group.device) as timer:
+                fn(*args)
+            return max(group.gather_objects(timer.ms))
+
+        with PeakMemory(group.device) as peak:
+            prefill_ms = []
+            mode.prefill(prompt)
+            if sweep.calc_prefill:
+                prefill_ms = [timed(mode.prefill, prompt) for _ in range(sweep.num_iters)]
+            for _ in range(sweep.num_warmup):
+                mode.generate(cell.num_unique)
+            decode_ms, first_token_ms = [], []
+            for _ in range(sweep.num_iters):  # turn by turn, so that a busy spell of the machine meets both
+                decode_ms.append(timed(mode.generate, cell.num_unique))
+                if cell.num_unique > 1:
+                    first_token_ms.append(timed(mode.generate, 1))
+        return {
+            "prefill_ms": tuple(prefill_ms),
+            "decode_ms": tuple(decode_ms),
+            "first_token_ms": tuple(first_token_ms),
+            # Of vLLM's own processes nothing is known.
+            "peak_bytes": () if cell.mode.startswith("vllm") else tuple(group.gather_objects(peak.bytes)),
+        }
+
+    def _with_roofline(self, result: CellResult) -> CellResult:
+        """Adds what the decode step achieved, and the least time that the machine's ceilings allow it."""
+        cell, config, group, step_ms = result.cell, self._config, self._group, result.decode_step_ms
+        if step_ms is None:
+            return result
+        if cell.batch_size not in self._ceilings:
+            group.barrier()
+            self._ceilings[cell.batch_size] = measure_ceilings(group.device, config.dtype, rows=cell.batch_size)
+        cost = decode_step_cost(
+            cell.mode,
+            batch=cell.batch_size,
+            shared_len=cell.num_shared,
+            unique_len=cell.num_unique / 2,  # own keys are 1, 2, ... num_unique - 1 in the steps that are timed
+            num_layers=config.num_layers,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            vocab_size=config.vocab_size,
+            world_size=group.size,
+            bytes_per_element=config.dtype.itemsize,
+        )
+        return replace(
+            result,
+            achieved_gbs=cost.bytes / (step_ms * 1e6),
+            achieved_tflops=cost.flops / (step_ms * 1e9),
+            roofline_ms=predict_ms(cost, self._ceilings[cell.batch_size]),
+        )
+
+
+# ---- words
 
 
 def _name(cell: Cell) -> str:
     return f"{cell.mode} batch {cell.batch_size}, shared {cell.num_shared}, unique {cell.num_unique}"
 
+
+def _outcome(result: CellResult) -> str:
+    if result.status != Status.OK:
+        return result.message
+    speed = result.tokens_per_second
+    return "no decode time above the noise" if speed is None else f"{speed:,.0f} tokens/s"
+
+
+def _out_of_memory(error: Exception) -> str:
+    return " ".join(["out of memory:", *str(error).splitlines()[:1]]).rstrip(":")
+
+
+def _length(cell: Cell) -> int:
+    return cell.num_shared + cell.num_unique

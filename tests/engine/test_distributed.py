@@ -10,7 +10,7 @@ import pytest
 import torch
 from ranks import World, run_ranks
 
-from engine.distributed import TPGroup, choose_device, init_group
+from engine.distributed import TPGroup, choose_device, init_group, launched_rank
 from engine.errors import InputError
 
 # --- real processes ---
@@ -148,3 +148,34 @@ def test_ranks_that_do_different_things_are_told():
 
     with pytest.raises(AssertionError, match="ranks do different things"):
         run_ranks(2, work)
+
+
+# --- what rank 0 does for all ---
+
+
+def test_rank_0_acts_and_all_have_the_result():
+    ran = []
+    assert run_ranks(3, lambda group: group.on_rank_0(lambda: ran.append(group.rank) or "result")) == ["result"] * 3
+    assert ran == [0]
+    assert TPGroup().on_rank_0(lambda: "alone") == "alone"
+
+
+@pytest.mark.parametrize("error", [InputError("give another"), PermissionError(13, "Permission denied", "out")])
+def test_its_mistake_is_raised_on_all(error):
+    def act():
+        raise error
+
+    def caught(group) -> str:
+        with pytest.raises(type(error)) as raised:
+            group.on_rank_0(act)
+        group.barrier()  # none has given up early
+        return str(raised.value)
+
+    assert run_ranks(3, caught) == [str(error)] * 3
+
+
+def test_the_launchers_rank_is_known_before_the_group(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert launched_rank() == 0
+    monkeypatch.setenv("RANK", "5")
+    assert launched_rank() == 5

@@ -161,9 +161,14 @@ def test_noattention_levels_hold_nothing_that_others_could_read(engine):
     engine.append_shared([ROOT], attention="noattention")
     assert engine.arena.num_used == 0
     engine.generate([[1]], GREEDY, attention="noattention", shared_cache_op="preserve")
-    with pytest.raises(InputError, match="'noattention', which keeps no keys for 'hydragen' to read; empty them"):
+    with pytest.raises(InputError, match="'noattention', which keeps no keys for 'hydragen' to read; empty or truncate"):
         engine.generate([[1]], GREEDY, shared_cache_op="preserve")
     assert engine.num_shared_levels == 1
+    engine.empty_shared()
+    engine.append_shared([ROOT])
+    engine.append_shared([LEFT, RIGHT], attention="noattention")
+    engine.truncate_shared(1)  # what is left, hydragen can read
+    engine.generate([[1]], GREEDY, shared_cache_op="preserve")
     engine.generate([[1]], GREEDY)
 
 
@@ -179,18 +184,12 @@ def test_noattention_levels_hold_nothing_that_others_could_read(engine):
         (lambda e: e.truncate_shared(2), "cannot keep 2 shared levels; accepted: 0 to 1"),
         (lambda e: e.truncate_shared(-1), "cannot keep -1 shared levels"),
         (lambda e: e.generate([[1]], GREEDY, shared_cache_op="preserve"), "1 prompts do not divide evenly over the 2"),
-        (lambda e: e.generate([], GREEDY, shared_cache_op="preserve"), "0 prompts do not divide evenly over the 2"),
-        (lambda e: e.generate([], GREEDY, shared_cache_op="extend"), "0 prompts do not divide evenly over the 2"),
-        (lambda e: e.generate(Levels([]), GREEDY, shared_cache_op="extend"), "Levels: got no level"),
+        (lambda e: e.generate([], GREEDY, shared_cache_op="preserve"), "level 0: got no prompts"),
+        (lambda e: e.generate([], GREEDY, shared_cache_op="extend"), "level 0: got no prompts"),
+        (lambda e: Levels([]), "Levels: got no level; accepted: one or more"),
         (lambda e: Levels([[[1]], [[2]]], parents=[]), "Levels: got parents for 0 levels; accepted: for 1"),
-        (
-            lambda e: e.generate(Levels([[[1], [2]], []]), GREEDY, shared_cache_op="preserve"),
-            "0 prompts do not divide evenly over the 2",
-        ),
-        (
-            lambda e: e.generate(Levels([[], [[1]]]), GREEDY, shared_cache_op="preserve"),
-            "0 prompts do not divide evenly over the 2",
-        ),
+        (lambda e: Levels([[[1], [2]], []]), "level 1: got no prompts"),
+        (lambda e: Levels([[], [[1]]]), "level 0: got no prompts"),
         # These fail after a level was appended, or could have been.
         (lambda e: e.generate([[1], [2] * 233], GREEDY, shared_cache_op="extend"), "has 253 tokens and is to get 5"),
         (lambda e: e.generate([[1], [2]], [GREEDY], shared_cache_op="extend"), "1 SamplingParams for 2 prompts"),
@@ -374,7 +373,7 @@ def test_waves_below_kept_levels(hf, engine):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("max_batch_size", [1, 1024])
 def test_a_failure_in_the_middle_leaves_no_trace(hf, engine, method, max_batch_size):
-    """One prompt makes NaN. Afterwards nothing is in use, and calls whose masked reads meet its slots see none of it."""
+    """One prompt makes NaN. Afterwards nothing is in use, and calls whose masked reads meet its slots see nothing."""
     ragged = [[token] * length for token, length in zip(range(8), [4, 3, 2, 1] * 2, strict=True)]
     expected = engine.generate(ragged, GREEDY, attention=method)
     healthy = engine.model.embedding.weight[60].clone()

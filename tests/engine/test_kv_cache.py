@@ -118,13 +118,14 @@ def test_tokens_go_to_their_slots(config):
     assert all(torch.equal(a, b) for a, b in zip(cache.layer(0), before[0], strict=True))
 
 
-def test_a_larger_cache_takes_over_what_a_smaller_one_holds(config):
-    small = filled(config, 4)
-    large = KVCache(config, 2, 9, torch.float32, torch.device("cpu"))
-    large.copy_from(small)
-    for new, old in zip(contents(large, config), contents(small, config), strict=True):
-        for a, b in zip(new, old, strict=True):
-            assert torch.equal(a[:4], b) and not a[4:].any() and b.any()
+def test_growing_keeps_what_there_is(config):
+    cache = filled(config, 4)
+    before = [[arena.clone() for arena in layer] for layer in contents(cache, config)]
+    cache.grow(9)
+    assert cache.num_slots == 9
+    for layer, old in zip(contents(cache, config), before, strict=True):
+        for arena, was in zip(layer, old, strict=True):
+            assert torch.equal(arena[:4], was) and not arena[4:].any() and was.any()
 
 
 def test_copies_and_clears_touch_their_range_only(config):

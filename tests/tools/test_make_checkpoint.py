@@ -56,7 +56,7 @@ def test_the_command_writes_what_a_dummy_load_would_hold(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(preset="llama-126m"), "no such preset: llama-126m; accepted: tiny, llama-125m"),
+        (dict(preset="llama-126m"), "no such preset: llama-126m; accepted: tiny, demo, llama-125m"),
         (dict(max_shard_size="5 parsecs"), "size '5 parsecs' is not understood"),
     ],
 )

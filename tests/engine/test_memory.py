@@ -1,0 +1,91 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from engine import memory
+from engine.distributed import TPGroup
+from engine.memory import available_bytes, free_host_bytes, is_out_of_memory
+
+GIB = 2**30
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """Writes the files that Linux tells its memory in, and reads them."""
+
+    def free(version: int, limit: str, used: int, cache: int, host: int = 100 * GIB) -> int:
+        meminfo = tmp_path / "meminfo"
+        meminfo.write_text(f"MemTotal:       99 kB\nHugePages_Total:     0\nMemAvailable:   {host // 1024} kB\n")
+        cgroup = tmp_path / "cgroup"
+        cgroup.mkdir()
+        if version == 1:
+            (cgroup / "memory").mkdir()
+            (cgroup / "memory" / "memory.limit_in_bytes").write_text(f"{limit}\n")
+            (cgroup / "memory" / "memory.usage_in_bytes").write_text(f"{used}\n")
+            (cgroup / "memory" / "memory.stat").write_text(f"inactive_file 1\ntotal_inactive_file {cache}\n")
+        if version == 2:
+            (cgroup / "memory.max").write_text(f"{limit}\n")
+            (cgroup / "memory.current").write_text(f"{used}\n")
+            (cgroup / "memory.stat").write_text(f"anon 1\ninactive_file {cache}\n")
+        return free_host_bytes(meminfo, cgroup)
+
+    return free
+
+
+@pytest.mark.parametrize("version", [1, 2])
+class TestContainer:
+    def test_its_limit_counts_and_its_file_cache_gives_way(self, machine, version):
+        assert machine(version, str(16 * GIB), used=10 * GIB, cache=7 * GIB) == 13 * GIB
+
+    def test_the_host_may_have_less(self, machine, version):
+        assert machine(version, str(16 * GIB), used=GIB, cache=0, host=3 * GIB) == 3 * GIB
+
+    def test_never_less_than_nothing(self, machine, version):
+        assert machine(version, str(GIB), used=2 * GIB, cache=0) == 0
+
+
+def test_no_limit(machine):
+    assert machine(2, "max", used=5, cache=0) == 100 * GIB
+
+
+def test_no_container(machine):
+    assert machine(0, "", used=0, cache=0) == 100 * GIB
+
+
+def test_where_nothing_tells(tmp_path):
+    assert free_host_bytes(tmp_path / "none", tmp_path) > 0
+
+
+def test_ranks_of_one_machine_share_and_agree(monkeypatch):
+    free = iter([6 * GIB, 4 * GIB])
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: next(free))
+    assert run_ranks(2, available_bytes) == [2 * GIB, 2 * GIB]
+
+
+def test_ranks_of_two_machines_do_not(monkeypatch):
+    class Elsewhere(TPGroup):
+        def gather_objects(self, value):
+            return [value, ("another machine", GIB)]
+
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: 6 * GIB)
+    assert available_bytes(Elsewhere(0, 2)) == 6 * GIB
+
+
+def test_a_gpu_gives_what_pytorch_keeps_of_earlier_work(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty_cache"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: calls.append("mem_get_info") or (5 * GIB, 9 * GIB))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="a GPU"))
+    assert available_bytes(TPGroup(device="cuda:0")) == 5 * GIB
+    assert calls == ["empty_cache", "mem_get_info"]
+
+
+def test_what_an_allocation_that_fails_raises():
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(raised.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("another"))
