@@ -331,6 +331,7 @@ class Engine:
                     )
                     if method.own_node_ranges:
                         new_nodes = executor.new_nodes()
+                    del executor  # it holds the arena's tensors, which the next wave may replace with larger ones
                 except BaseException:
                     self.arena.clear(wave.ranges, starts)
                     raise

@@ -23,6 +23,7 @@ def available_bytes(group: TPGroup) -> int:
     """
     if group.device.type == "cuda":
         torch.cuda.empty_cache()  # what PyTorch keeps of earlier work is free too
+        group.barrier()  # and what it keeps in the other ranks of the device
         free, _ = torch.cuda.mem_get_info(group.device)
         place = str(torch.cuda.get_device_properties(group.device).uuid)
     else:

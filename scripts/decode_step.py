@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from engine.bench.breakdown import print_breakdown, run_breakdown
 from engine.bench.modes import MODES, ModelOptions, check_mode
 from engine.bench.ranges import parse_range
-from engine.cli import make_app, run
+from engine.cli import make_app, make_console, run
 from engine.distributed import init_group
 
 app = make_app()
@@ -28,7 +27,9 @@ def decode_step(
     shared: Annotated[str, typer.Option(help="Tokens of the shared prompt: a range.")] = "1024,4096",
     unique: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 16,
     num_iters: Annotated[int, typer.Option(min=1, help="Timed runs of a cell.")] = 5,
-    modes: Annotated[str, typer.Option(help="Modes to time, separated by commas.")] = ",".join(MODES[:4]),
+    modes: Annotated[
+        str, typer.Option(help=f"Modes to time, separated by commas: {', '.join(MODES)}.")
+    ] = "noattention,hydragen,hydragen_noshared,hf",
     seed: Annotated[int, typer.Option(min=0, help="Of the prompt, and of dummy weights.")] = 0,
 ) -> None:
     """Time a decode step in each mode, and alone the operations that it consists of.
@@ -42,23 +43,18 @@ def decode_step(
       python scripts/decode_step.py results/step
       python scripts/decode_step.py results/step32 --dtype float32 --shared 4096 --modes noattention,hydragen
     """
+    model = ModelOptions(model_name, load_format=load_format, dtype=dtype, seed=seed)
     chosen = [mode.strip() for mode in modes.split(",")]
-    for mode in chosen:
-        check_mode(mode)
+    lengths = parse_range(shared, name="--shared")
     group = init_group(device)
-    console = Console()
-    rows = run_breakdown(
-        outdir,
-        batch_size,
-        parse_range(shared, name="--shared"),
-        unique,
-        ModelOptions(model_name, load_format=load_format, dtype=dtype, seed=seed),
-        chosen,
-        num_iters,
-        group,
-        console,
-    )
-    print_breakdown(rows, console if console.is_terminal else Console(width=140))
+    try:
+        for mode in chosen:
+            check_mode(mode, model, group.size, None)
+        console = make_console(stderr=True)
+        rows = run_breakdown(outdir, batch_size, lengths, unique, model, chosen, num_iters, group, console)
+        print_breakdown(rows, make_console())
+    finally:
+        group.close()
 
 
 if __name__ == "__main__":

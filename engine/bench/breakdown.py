@@ -98,7 +98,7 @@ def run_breakdown(
         raise InputError(f"a step is taken apart in one process, not in {group.size}; start it with python")
     for mode in modes:
         cells = tuple(Cell(mode, batch_size, shared, num_unique) for shared in shared_lens)
-        run_sweep(Sweep(outdir, mode, cells, model, num_iters, 1, calc_prefill=False), group, 1, console)
+        run_sweep(Sweep(outdir, mode, cells, model, num_iters, 1, calc_prefill=False), group, console)
     console.print("Measuring the operations alone ...")
     loaded = load_model(model.name, group, load_format=model.load_format, dtype=model.dtype, seed=model.seed)
     device, config = group.device, loaded.config
