@@ -29,9 +29,14 @@ def make_app() -> typer.Typer:
 
 
 def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """A console as wide as the terminal, or wide enough for a table where there is none. A quiet one prints nothing."""
-    console = Console(stderr=stderr, quiet=quiet)
-    return console if console.is_terminal else Console(stderr=stderr, quiet=quiet, width=_FILE_WIDTH)
+    """A console as wide as the terminal, or wide enough for a table where there is none. A quiet one prints nothing.
+
+    Text is printed as it is: a path may hold brackets.
+    """
+    console = Console(stderr=stderr, quiet=quiet, markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
+    return console
 
 
 def run(app: typer.Typer) -> None:

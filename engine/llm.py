@@ -181,7 +181,7 @@ class LLM:
 
     def _encode(self, prompts: Sequence[Prompt], special: bool) -> list[Sequence[int]]:
         if isinstance(prompts, str):
-            raise InputError("prompts is one string; accepted: a list of strings or of lists of token ids; put it in one")
+            raise InputError("prompts is one string; accepted: a list of strings or of lists of token ids; put it in")
         return [self._encode_text(p, special) if isinstance(p, str) else p for p in prompts]
 
     def _encode_text(self, text: str, special: bool) -> list[int]:

@@ -65,7 +65,7 @@ class CudaSegment:
             out_THD, lse_HT = self._flash(q_THD, k_SHD, v_SHD, self.q_offsets, self.max_q, scale)
             lse_TH = lse_HT.transpose(0, 1).contiguous()
         if self._blind_T is not None:
-            # The kernel leaves lse +inf there. By table, not by value: it does the same to a row of NaN, which must show.
+            # The kernel leaves lse +inf there. By table, not by value: it does so to a row of NaN too, which must show.
             lse_TH.masked_fill_(self._blind_T[:, None], float("-inf"))
             out_THD.masked_fill_(self._blind_T[:, None, None], 0.0)
         return out_THD, lse_TH

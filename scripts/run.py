@@ -46,10 +46,10 @@ def generate(
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. CUDA where there is one.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")] = None,
     cache_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens that the KV cache has room for. Sized by the work and memory without it.")
+        int | None, typer.Option(min=1, help="Tokens that the KV cache has room for. Without it: what the work needs.")
     ] = None,
     max_batch_size: Annotated[int, typer.Option(min=1, help="Completions that run at once at most.")] = 1024,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a rank that waits for another gives up.")] = 600,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for which a rank waits for another.")] = 600,
 ) -> None:
     """Generate completions. Prompts that begin alike share what they have in common: it is computed and read once.
 

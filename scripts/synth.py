@@ -48,8 +48,10 @@ def synth(
     calc_prefill: Annotated[
         bool, typer.Option(help="Time the shared prompt's prefill as often as the decoding, or run it once untimed.")
     ] = True,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a rank that waits for another gives up.")] = 600,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the grid and each cell's memory per rank, no more.")] = False,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for which a rank waits for another.")] = 600,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the grid and each cell's memory per rank, and run nothing.")
+    ] = False,
 ) -> None:
     """Time the generation of NUM_UNIQUE tokens for BS completions of one prompt of NUM_SHARED tokens.
 
@@ -63,7 +65,7 @@ def synth(
 
     \b
     Examples:
-      python scripts/synth.py results/125m 1:65:x4 1024,4096 16 --model-name llama-125m --load-format dummy --mode hydragen
+      python scripts/synth.py results/125m 1:65:x4 1024,4096 16 --model-name llama-125m --load-format dummy
       torchrun --standalone --nproc_per_node=8 scripts/synth.py results/7b 32:129:x2 1024,2048 128 \\
           --mode hydragen --model-name codellama/CodeLlama-7b-Instruct-hf --tp-dir shards/7b
       python scripts/synth.py results/7b 32:4097:x2 16256 128 --model-name codellama/CodeLlama-7b-hf --dry-run --tp 8
@@ -77,14 +79,13 @@ def synth(
     group = init_group(device, timeout_s=timeout)
     try:
         check_mode(mode, model, group.size, tp, dry_run)
-        results_console = make_console(quiet=group.rank != 0)
         if dry_run:
-            print_plan(sweep, tp or group.size, results_console)
+            print_plan(sweep, tp or group.size, make_console(quiet=group.rank != 0))
             return
         run_sweep(sweep, group, make_console(stderr=True, quiet=group.rank != 0))
         if group.rank == 0:
-            print_table(build_rows(read_results([outdir])), results_console)
-            results_console.print(f"Results are in {outdir}. To plot them: python scripts/report.py {outdir}")
+            print_table(build_rows(read_results([outdir])), make_console())
+            print(f"Results are in {outdir}. To plot them: python scripts/report.py {outdir}")
     finally:
         group.close()
 

@@ -6,6 +6,7 @@ from commands import load
 from models import hf_model
 
 from engine.checkpoint import weight_shapes, write_checkpoint
+from engine.config import ModelConfig
 from engine.dummy import dummy_tensor
 from engine.presets import find_preset
 
@@ -34,9 +35,14 @@ def save_hf(folder: Path, family: str = "llama", seed: int = 0, **changes) -> Pa
     return folder
 
 
+def save_random(folder: Path, config: ModelConfig, files: dict[str, bytes] | None = None) -> Path:
+    """A checkpoint of ``config`` with random weights, and further files by name."""
+    tensors = ((name, dummy_tensor(name, shape, config.dtype)) for name, shape in weight_shapes(config).items())
+    write_checkpoint(folder, config, tensors, 10**9, files or {})
+    return folder
+
+
 def save_tiny(folder: Path) -> Path:
     """What ``tools/make_checkpoint.py tiny`` writes: the preset ``tiny``, and a tokenizer of bytes, BOS first."""
     config = find_preset("tiny")
-    tensors = ((name, dummy_tensor(name, shape, config.dtype)) for name, shape in weight_shapes(config).items())
-    write_checkpoint(folder, config, tensors, 10**9, load("tools/make_checkpoint.py").byte_tokenizer(config))
-    return folder
+    return save_random(folder, config, load("tools/make_checkpoint.py").byte_tokenizer(config))

@@ -5,11 +5,14 @@ Attention is sdpa; dtype, threads, prompt and the choice of tokens are those of 
 Shapes: B sequences, V vocabulary.
 """
 
+from pathlib import Path
+
 import torch
 import transformers
 
 from engine.bench.modes import ModelOptions
 from engine.bench.results import Cell
+from engine.checkpoint import Checkpoint, check_weights
 from engine.config import ModelConfig
 from engine.distributed import TPGroup
 from engine.dummy import dummy_tensor
@@ -28,12 +31,7 @@ class HFMode:
         if options.load_format == "dummy":
             self.model = _random_model(config, options.seed, group.device)
         else:
-            self.model = transformers.AutoModelForCausalLM.from_pretrained(
-                find_checkpoint(options.name, options.revision, 1),
-                dtype=config.dtype,
-                attn_implementation="sdpa",
-                local_files_only=True,
-            ).to(group.device)
+            self.model = _load(find_checkpoint(options.name, options.revision, 1), config).to(group.device)
         self.model.eval()
         self._batch_size = 0
         self._cache: transformers.Cache | None = None
@@ -65,6 +63,15 @@ class HFMode:
 
     def release(self) -> None:
         self._cache = self._logits_BV = None
+
+
+def _load(folder: Path, config: ModelConfig) -> transformers.PreTrainedModel:
+    """Raises InputError, as the engine does, for weights that are missing or do not belong to the config."""
+    with Checkpoint(folder) as checkpoint:
+        check_weights(checkpoint, config)
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=config.dtype, attn_implementation="sdpa", local_files_only=True, use_safetensors=True
+    )
 
 
 def _random_model(config: ModelConfig, seed: int, device: torch.device) -> transformers.PreTrainedModel:

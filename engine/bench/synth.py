@@ -6,6 +6,7 @@ Every rank runs every cell; rank 0 decides what is left to do, writes the files 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -59,14 +60,15 @@ def run_sweep(sweep: Sweep, group: TPGroup, console: Console) -> None:
     Raises InputError when OUTDIR cannot be used or holds results of another model or dtype, when the model cannot be
     loaded, and when one rank of several runs out of memory.
     """
+    say = partial(console.print, soft_wrap=True)
     config = sweep.model.config()
     todo = group.on_rank_0(lambda: _unfinished(sweep, config))
     skipped = len(sweep.cells) - len(todo)
     if skipped:
-        console.print(f"{skipped} of {len(sweep.cells)} cells have results in {sweep.outdir} and are skipped.")
+        say(f"{skipped} of {len(sweep.cells)} cells have results in {sweep.outdir} and are skipped.")
     if not todo:
         return
-    console.print(f"Loading {sweep.model.name} for mode {sweep.mode} ...")
+    say(f"Loading {sweep.model.name} for mode {sweep.mode} ...")
     mode = make_mode(sweep.mode, sweep.model, group, sweep.tp)
     runner = _Runner(sweep, config, mode, group)
     with progress_bar(console) as progress:
@@ -75,7 +77,7 @@ def run_sweep(sweep: Sweep, group: TPGroup, console: Console) -> None:
             progress.update(task, description=_name(cell))
             result = runner.run(cell)
             group.on_rank_0(lambda: write_cell(sweep.outdir, result))
-            console.print(f"{_name(cell)}: {_outcome(result)}", highlight=False)
+            say(f"{_name(cell)}: {_outcome(result)}")
             progress.advance(task)
 
 

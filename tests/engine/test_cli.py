@@ -68,7 +68,7 @@ def test_so_is_one_in_the_arguments(run_command, arguments, part):
     [
         (PermissionError(errno.EACCES, "Permission denied", "out"), "error: out: Permission denied\n"),
         (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device\n"),
-        (IsADirectoryError(errno.EISDIR, "Is a directory", ".out.partial", None, "out"), "error: out: Is a directory\n"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", ".o.partial", None, "out"), "error: out: Is a directory\n"),
     ],
 )
 def test_so_is_what_the_operating_system_refuses(run_raising, error, line):

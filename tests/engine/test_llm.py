@@ -71,7 +71,8 @@ class TestPrompts:
         assert outputs[0].outputs[0].text
 
     def test_levels_join_and_begin_once(self, llm):
-        levels = PromptLevels([["Once ", "Never "], ["I ", "you ", "they "], ["ran", "", "sat"]], [[0, 0, 1], [2, 0, 1]])
+        texts = [["Once ", "Never "], ["I ", "you ", "they "], ["ran", "", "sat"]]
+        levels = PromptLevels(texts, [[0, 0, 1], [2, 0, 1]])
         whole = ["Never they ran", "Once I ", "Once you sat"]
         outputs = llm.generate(levels, GREEDY)
         assert [output.prompt for output in outputs] == whole

@@ -15,6 +15,7 @@ from ranks import run_ranks
 
 import engine.loader
 from engine.config import ModelConfig
+from engine.cpu import CPU
 from engine.distributed import TPGroup
 from engine.dummy import dummy_tensor
 from engine.errors import InputError
@@ -371,3 +372,19 @@ class TestAllRanksFailTogether:
         rows, error = outputs[0]
         assert rows == "34"
         assert error.startswith(f"rank 1: {own_shards}: {rank_file(1, 2)} is missing")
+
+
+class TestNoticeOfEmulation:
+    @pytest.mark.parametrize(
+        ("has_bf16", "dtype", "is_told"),
+        [(False, "bfloat16", True), (False, "float16", True), (False, "float32", False), (True, "bfloat16", False),
+         (None, "bfloat16", False)],
+    )  # fmt: skip
+    def test_once_on_a_cpu_that_lacks_the_instructions(self, monkeypatch, capsys, has_bf16, dtype, is_told):
+        monkeypatch.setattr(engine.loader, "read_cpu", lambda: CPU("its name", has_bf16))
+        run_ranks(2, lambda group: load_model("tiny", group, load_format="dummy", dtype=dtype))
+        line = (
+            "notice: this CPU has no bfloat16 instructions and has to emulate 16-bit products; float32 is faster here: "
+            "--dtype float32\n"
+        )
+        assert capsys.readouterr().err == (line if is_told else "")

@@ -22,7 +22,7 @@ class TestLevels:
             ([""], "prompt 0 of 1 is empty; accepted: text"),
             (["a||b"], "prompt 1 of 3 is empty"),
             (["|a", "x||y|z"], "prompt 1 of 4 is empty"),
-            (["a|b", "x|y|z"], "3 prompts do not divide evenly over the 2 of the level above; accepted: a multiple of 2"),
+            (["a|b", "x|y|z"], "3 prompts do not divide evenly over the 2 of the level above; accepted: a multiple"),
             (["a|b|c", "x"], "1 prompts do not divide evenly over the 3"),
         ],
     )

@@ -64,7 +64,8 @@ def test_hf_reads_a_checkpoint_quietly(chosen, tmp_path, capfd):
     assert mode.model.config._attn_implementation == "sdpa"
     mode.set_up(Cell("hf", 2, 40, 5))
     mode.prefill(PROMPT)
-    expected = LLM(tmp_path, device="cpu").generate([PROMPT], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True))
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    expected = LLM(tmp_path, device="cpu").generate([PROMPT], params)
     assert chosen(mode, 5) == [list(expected[0].outputs[0].token_ids)] * 2
     assert capfd.readouterr() == ("", "")  # no bar but the sweep's
 

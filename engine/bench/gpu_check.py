@@ -1,0 +1,317 @@
+"""One run over what only a GPU can show: tests, the machine's ceilings, two ranks on one device, throughput.
+
+Each section is a process of its own with a time limit, so that a fault of one leaves the others alone: a process in
+which a kernel failed can do nothing more on its device.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from engine.bench.gpu_work import RESULTS, SIZES, Grid
+from engine.bench.results import CellResult, Status, read_results
+from engine.files import write_whole
+
+SCHEMA_VERSION = 1
+REPORT = "gpu_check.json"
+_ROOT = Path(__file__).resolve().parents[2]
+_PATIENCE_S = 5.0  # that a section which is told to end has for ending its own processes
+_TAIL = 4000  # characters of a failed section's log that the report holds
+_EXCEPTION = re.compile(r"^(?:\[rank\d+\]: ?)?([\w.]*(?:Error|Exception): .+)$", re.MULTILINE)
+# Of the largest logit, between two ranks and one.
+_RANKS_TOLERANCE = {"float32": 2e-5, "bfloat16": 6e-2}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a section went."""
+
+    name: str
+    seconds: float
+    limit_s: float
+    error: str | None  # what is wrong, in one line; None when all is well
+    log_tail: str | None  # of a section that failed
+    summary: str  # of its numbers
+    numbers: dict  # as far as it came
+
+    @property
+    def passed(self) -> bool:
+        return self.error is None
+
+
+class Section(ABC):
+    """One section of a check."""
+
+    name: str
+    weight: float  # its share of the time, against the other sections' weights
+
+    @abstractmethod
+    def command(self, folder: Path) -> list[str]:
+        """The program, which leaves its results in ``folder``."""
+
+    @abstractmethod
+    def read(self, folder: Path) -> dict:
+        """Its numbers, as plain data, as far as they are there; of a section that was stopped, perhaps none."""
+
+    @abstractmethod
+    def complaint(self, numbers: dict) -> str | None:
+        """What is wrong with them, in one line."""
+
+    @abstractmethod
+    def summary(self, numbers: dict) -> str:
+        """What they say, in one line. They may be incomplete."""
+
+
+class GpuTests(Section):
+    """The tests that are marked ``gpu``. ``paths`` are those to look in; ``required``: one has to run and pass."""
+
+    name, weight = "tests", 3.0
+
+    def __init__(self, paths: Sequence[str], required: bool):
+        self._paths, self._required = paths, required
+
+    def command(self, folder):
+        options = ["-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={folder / 'tests.xml'}"]
+        # A file that cannot be imported counts as an error and keeps no other test from running.
+        return [sys.executable, "-m", "pytest", *options, "--tb=short", "--continue-on-collection-errors", *self._paths]
+
+    def read(self, folder):
+        try:
+            cases = list(ElementTree.parse(folder / "tests.xml").iter("testcase"))
+        except (FileNotFoundError, ElementTree.ParseError):  # pytest was stopped before or while it wrote
+            return {}
+        kinds = {kind: [c for c in cases if c.find(kind) is not None] for kind in ("failure", "error", "skipped")}
+        failed = kinds["failure"] + kinds["error"]
+        return {
+            "passed": len(cases) - len(failed) - len(kinds["skipped"]),
+            "failed": len(failed),
+            "skipped": len(kinds["skipped"]),
+            "failed_tests": [f"{case.get('classname')}::{case.get('name')}" for case in failed],
+        }
+
+    def complaint(self, numbers):
+        if numbers["failed"]:
+            return f"{numbers['failed']} failed, {numbers['failed_tests'][0]} first"
+        return "no test ran" if self._required and not numbers["passed"] else None
+
+    def summary(self, numbers):
+        return ", ".join(f"{numbers[kind]} {kind}" for kind in ("passed", "failed", "skipped") if kind in numbers)
+
+
+class _Work(Section):
+    """A section of ``engine.bench.gpu_work``."""
+
+    def __init__(self, device: str, size_name: str):
+        self._arguments = [device, size_name]
+
+    def command(self, folder):
+        return [sys.executable, "-m", "engine.bench.gpu_work", self.name, str(folder), *self._arguments]
+
+    def read(self, folder):
+        path = folder / RESULTS
+        return json.loads(path.read_text()) if path.exists() else {}
+
+
+class Machine(_Work):
+    """What the machine is and its ceilings."""
+
+    name, weight = "machine", 1.0
+
+    def complaint(self, numbers):
+        return None if numbers["ceilings"] else "no ceiling was measured"
+
+    def summary(self, numbers):
+        if not numbers:
+            return ""
+        ceilings = numbers["ceilings"]
+        rows = ", ".join(f"{c['rows_tflops']:.3g} at {c['rows']} rows" for c in ceilings)
+        best = max(ceilings, key=lambda c: c["read_gbs"])
+        return f"reads {best['read_gbs']:,.0f} GB/s; {best['matmul_tflops']:.3g} TFLOP/s, {rows}"
+
+
+class Ranks(_Work):
+    """Two ranks, on one device where there is but one, against one rank."""
+
+    name, weight = "ranks", 1.0
+
+    def command(self, folder):
+        program = super().command(folder)[1:]
+        # The machine may not know its own name, which is what the ranks would meet at otherwise.
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc_per_node=2"]
+        return [sys.executable, *launcher, *program]
+
+    def complaint(self, numbers):
+        for found in numbers["comparisons"]:
+            what = f"{found['model']} in {found['dtype']}, {found['method']}"
+            if not found["ranks_agree"]:
+                return f"{what}: the ranks return different tokens"
+            if not found["largest_difference"] <= _RANKS_TOLERANCE[found["dtype"]]:
+                return f"{what}: logits off by {found['largest_difference']:.1e} of the largest"
+        return None
+
+    def summary(self, numbers):
+        return "; ".join(
+            f"{found['dtype']} {found['method']}: off by {found['largest_difference']:.0e}, "
+            f"{found['num_tokens_differ']} of {found['num_tokens']} tokens differ"
+            for found in numbers.get("comparisons", ())
+        )
+
+
+class Throughput(_Work):
+    """A sweep over one model's grid."""
+
+    weight = 4.0
+
+    def __init__(self, name: str, grid: Grid, device: str, size_name: str):
+        super().__init__(device, size_name)
+        self.name, self._grid = name, grid
+
+    def read(self, folder):
+        return {"model": self._grid.model, "cells": [_cell_numbers(result) for result in read_results([folder])]}
+
+    def complaint(self, numbers):
+        num_wanted = sum(len(self._grid.cells(mode)) for mode in self._grid.modes)
+        num_timed = sum(cell["status"] == Status.OK for cell in numbers["cells"])
+        if num_timed == num_wanted:
+            return None
+        why = next((f": {cell['message']}" for cell in numbers["cells"] if cell["status"] != Status.OK), "")
+        return f"{num_wanted - num_timed} of {num_wanted} cells were not timed{why}"
+
+    def summary(self, numbers):
+        """The largest cells."""
+        grid = self._grid
+        batch_size, shared, unique = grid.batch_sizes[-1], grid.num_shared[-1], grid.num_unique[-1]
+        speeds = {
+            cell["mode"]: cell["tokens_per_second"]
+            for cell in numbers["cells"]
+            if (cell["batch_size"], cell["num_shared"], cell["num_unique"]) == (batch_size, shared, unique)
+        }
+        found = (f"{mode} {'-' if speed is None else format(speed, ',.0f')}" for mode, speed in speeds.items())
+        return f"batch {batch_size}, shared {shared}, unique {unique}, tokens/s: {', '.join(found)}"
+
+
+def _cell_numbers(result: CellResult) -> dict:
+    fields = asdict(result)
+    fields |= fields.pop("cell")
+    del fields["sweep"]  # a folder that is gone by now
+    return fields | {name: getattr(result, name) for name in ("tokens_per_second", "decode_step_ms", "spread")}
+
+
+def make_sections(device: str, tiny: bool) -> list[Section]:
+    """The sections, in the order in which they run: what is wrong first, how fast it is after."""
+    size_name = "tiny" if tiny else "full"
+    tests = GpuTests(["tests/kernels"] if tiny else ["tests"], required=device != "cpu")
+    sweeps = [Throughput(name, grid, device, size_name) for name, grid in SIZES[size_name].sweeps.items()]
+    return [tests, Machine(device, size_name), Ranks(device, size_name), *sweeps]
+
+
+def run_sections(
+    sections: Sequence[Section], outdir: Path, device: str, seconds: float, console: Console
+) -> list[Outcome]:
+    """Runs all sections in at most ``seconds`` and writes ``outdir/gpu_check.json`` anew after each.
+
+    A section may take its share of the time that is left then, so what one does not need the later ones have. Logs are
+    ``outdir/NAME.log``.
+    """
+    outdir.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    deadline = began + seconds - _PATIENCE_S
+    outcomes: list[Outcome] = []
+    for number, section in enumerate(sections):
+        to_come = sum(other.weight for other in sections[number:])
+        limit_s = max(deadline - time.monotonic(), 0.0) * section.weight / to_come
+        console.print(f"{section.name}: {limit_s:.0f} s at most", highlight=False)
+        outcomes.append(_run(section, outdir / f"{section.name}.log", device, limit_s))
+        report = {
+            "schema_version": SCHEMA_VERSION,
+            "complete": len(outcomes) == len(sections),
+            "device": device,
+            "seconds": round(time.monotonic() - began, 3),
+            "sections": {o.name: {"passed": o.passed} | asdict(o) for o in outcomes},
+        }
+        write_whole(outdir / REPORT, json.dumps(report, indent=1).encode())
+    return outcomes
+
+
+def print_outcomes(outcomes: Sequence[Outcome], console: Console) -> None:
+    table = Table(title="GPU check")
+    table.add_column("section", no_wrap=True)
+    table.add_column("result", no_wrap=True)
+    table.add_column("seconds", justify="right", no_wrap=True)
+    table.add_column("what it found", overflow="fold")
+    for outcome in outcomes:
+        found = "\n".join(filter(None, (outcome.error, outcome.summary)))
+        table.add_row(outcome.name, "passed" if outcome.passed else "FAILED", f"{outcome.seconds:.1f}", Text(found))
+    console.print(table)
+
+
+def _run(section: Section, log: Path, device: str, limit_s: float) -> Outcome:
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        error = _run_process(section.command(Path(folder)), log, _environment(device), limit_s)
+        numbers = section.read(Path(folder))
+    complaint = section.complaint(numbers) if numbers else "there are no results"
+    error = "; ".join(filter(None, (error, complaint))) or None
+    return Outcome(
+        name=section.name,
+        seconds=round(time.monotonic() - began, 3),
+        limit_s=round(limit_s, 3),
+        error=error,
+        log_tail=None if error is None else log.read_text(errors="replace")[-_TAIL:],
+        summary=section.summary(numbers),
+        numbers=numbers,
+    )
+
+
+def _run_process(command: list[str], log: Path, environment: dict[str, str], limit_s: float) -> str | None:
+    """What went wrong, in one line. Nothing that the process started is left running."""
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, cwd=_ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            status = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            return f"it took longer than {limit_s:.0f} s"
+        finally:
+            _end(process)
+    return f"exit status {status}: {_last_words(log.read_text(errors='replace'))}" if status else None
+
+
+def _last_words(text: str) -> str:
+    """The first exception in a log, which made those after it, or else the last line."""
+    exception = _EXCEPTION.search(text)
+    return exception[1] if exception else (text.rstrip().rpartition("\n")[2].strip() or "it said nothing")
+
+
+def _end(process: subprocess.Popen) -> None:
+    """torchrun's ranks are not in its process group: it is told to end them before all that is left is killed."""
+    if process.poll() is None:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_PATIENCE_S)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _environment(device: str) -> dict[str, str]:
+    """The engine of this checkout, installed or not. Without the GPUs, if they are not meant."""
+    paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    return environment | {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else environment

@@ -1,0 +1,166 @@
+"""What the measuring sections of a GPU check do, each in a process of its own, which leaves its results in a folder.
+
+``python -m engine.bench.gpu_work SECTION FOLDER DEVICE SIZE``; ``engine.bench.gpu_check`` starts it and reads them.
+"""
+
+import json
+import sys
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from engine.attention import METHODS
+from engine.bench.environment import describe_environment
+from engine.bench.modes import ModelOptions, check_mode
+from engine.bench.results import Cell
+from engine.bench.roofline import measure_ceilings
+from engine.bench.synth import Sweep, make_grid, run_sweep
+from engine.cli import make_console
+from engine.distributed import TPGroup, init_group
+from engine.engine import Engine
+from engine.files import write_whole
+from engine.loader import load_model
+from engine.sampling import SamplingParams
+
+RESULTS = "results.json"
+_DTYPE = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Modes and sizes of one model, which has random weights."""
+
+    model: str
+    modes: tuple[str, ...]
+    batch_sizes: tuple[int, ...]
+    num_shared: tuple[int, ...]
+    num_unique: tuple[int, ...]
+
+    def cells(self, mode: str) -> tuple[Cell, ...]:
+        return make_grid(mode, self.batch_sizes, self.num_shared, self.num_unique)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much a check does."""
+
+    ceiling_rows: tuple[int, ...]
+    ceiling_seconds: float  # for each number of rows
+    sweeps: dict[str, Grid]  # by section
+    num_iters: int
+    rank_models: tuple[tuple[str, str], ...]  # (preset, dtype) that two ranks run
+
+
+SIZES = {
+    "full": Size(
+        ceiling_rows=(16, 64, 256),
+        ceiling_seconds=1.5,
+        sweeps={
+            "sweep-125m": Grid("llama-125m", (*METHODS, "hf"), (16, 64, 256), (1024, 4096), (16, 64)),
+            "sweep-8b": Grid("meta-llama/Llama-3.1-8B", tuple(METHODS), (32, 128), (4096,), (32,)),
+        },
+        num_iters=3,
+        # In float32 CUDA has the reference alone, which takes a token at a time.
+        rank_models=(("tiny", "float32"), ("demo", "bfloat16")),
+    ),
+    "tiny": Size(
+        ceiling_rows=(4,),
+        ceiling_seconds=0.03,
+        sweeps={
+            "sweep-125m": Grid("tiny", ("noattention", "hydragen"), (2,), (24,), (3,)),
+            "sweep-8b": Grid("tiny", ("hydragen_noshared",), (2,), (24,), (3,)),
+        },
+        num_iters=1,
+        rank_models=(("tiny", "float32"), ("tiny", "bfloat16")),
+    ),
+}
+
+
+def measure_machine(folder: Path, group: TPGroup, size: Size) -> None:
+    """What the machine is, and its ceilings in bfloat16 for several numbers of rows."""
+    dtype = getattr(torch, _DTYPE)
+    ceilings = [measure_ceilings(group.device, dtype, rows, size.ceiling_seconds) for rows in size.ceiling_rows]
+    environment = describe_environment(group.device, dtype, group.size)
+    _write(folder, {"environment": environment, "ceilings": [asdict(c) for c in ceilings]})
+
+
+def sweep(folder: Path, group: TPGroup, size: Size, grid: Grid) -> None:
+    """Times every cell of a grid; each is a file as soon as it is done. A mode that fails leaves the others alone."""
+    model = ModelOptions(grid.model, load_format="dummy", dtype=_DTYPE)
+    failed = []
+    for mode in grid.modes:
+        try:
+            check_mode(mode, model, group.size, None)
+            run_sweep(Sweep(folder, mode, grid.cells(mode), model, size.num_iters, 1, True), group, make_console())
+        except Exception:
+            traceback.print_exc()
+            failed.append(mode)
+    if failed:
+        sys.exit(f"modes that failed: {', '.join(failed)}")
+
+
+# Shared prefixes at two depths, an empty suffix, equal prompts, and one that shares nothing.
+_ROOT = list(range(7, 60))
+_PROMPTS = [[*_ROOT, 1, 2, 3], _ROOT, [*_ROOT, 1, 2, 4, 4], [9, 8], [*_ROOT, 5], [*_ROOT, 5], list(range(300, 330))]
+
+
+def compare_ranks(folder: Path, group: TPGroup, size: Size) -> None:
+    """What all ranks generate together, beside the logits of rank 0 alone for the same tokens."""
+    comparisons = []
+    for preset, dtype in size.rank_models:
+        together = _engine(preset, dtype, group)
+        alone = _engine(preset, dtype, TPGroup(device=group.device)) if group.rank == 0 else None
+        for method in ("hydragen", "hydragen_noshared"):
+            tokens, logits = _generate(together, method)
+            agree = all(theirs == tokens for theirs in group.gather_objects(tokens))
+            if alone is not None:
+                _, expected = _generate(alone, method, forced=tokens)
+                about = {"model": preset, "dtype": dtype, "method": method, "num_ranks": group.size}
+                comparisons.append(about | {"ranks_agree": agree} | _difference(logits, expected))
+    if group.rank == 0:
+        _write(folder, {"comparisons": comparisons})
+    group.barrier()
+
+
+def _engine(preset: str, dtype: str, group: TPGroup) -> Engine:
+    return Engine(load_model(preset, group, load_format="dummy", dtype=dtype).model)
+
+
+def _generate(
+    engine: Engine, method: str, forced: list[list[int]] | None = None
+) -> tuple[list[list[int]], torch.Tensor]:
+    """Each prompt's tokens, and the logits ``(tokens, vocabulary)`` that they were chosen from."""
+    params = SamplingParams(temperature=0, max_tokens=8)
+    results = engine.generate(_PROMPTS, params, attention=method, forced_tokens=forced, return_logits=True)
+    return [r.token_ids for (r,) in results], torch.stack([row for (r,) in results for row in r.logits])
+
+
+def _difference(logits: torch.Tensor, expected: torch.Tensor) -> dict[str, float | int]:
+    """``largest_difference`` is of the largest logit. Where it is small, a token that differs was a near tie."""
+    return {
+        "largest_difference": ((logits - expected).abs().max() / expected.abs().max()).item(),
+        "num_tokens": len(logits),
+        "num_tokens_differ": int((logits.argmax(-1) != expected.argmax(-1)).sum()),
+    }
+
+
+def _write(folder: Path, results: dict) -> None:
+    write_whole(folder / RESULTS, json.dumps(results).encode())
+
+
+def main(section: str, folder: str, device: str, size_name: str) -> None:
+    size = SIZES[size_name]
+    group = init_group(device, timeout_s=120)
+    try:
+        if section in size.sweeps:
+            sweep(Path(folder), group, size, size.sweeps[section])
+        else:
+            {"machine": measure_machine, "ranks": compare_ranks}[section](Path(folder), group, size)
+    finally:
+        group.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
