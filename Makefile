@@ -1,8 +1,7 @@
 # make demo | make test | make test-slow | make clean
-# All set up .venv first; PYTHON chooses the interpreter, EXTRAS what is installed.
+# All set up .venv first; PYTHON chooses the interpreter.
 
 PYTHON ?= python3
-EXTRAS ?= test
 VENV := .venv
 STAMP := $(VENV)/.installed
 
@@ -21,7 +20,7 @@ test-slow: $(STAMP)
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else "error: %s is Python %d.%d; accepted: 3.11 to 3.13; use make PYTHON=python3.11" % (sys.executable, *v))'
 	$(PYTHON) -m venv --clear $(VENV)
-	$(VENV)/bin/python -m pip install --disable-pip-version-check -q -e ".[$(EXTRAS)]"
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -q -e ".[test]"
 	@touch $@
 
 clean:

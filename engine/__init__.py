@@ -1,6 +1,16 @@
 """Tributary: tensor-parallel inference for Llama-family models with pluggable, exact shared-prefix attention."""
 
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+_kernels = find_spec("kernels")
+if _kernels is None or not (Path(_kernels.origin or "").parent / "segment.py").is_file():
+    raise ImportError(
+        "the package 'kernels' that Python finds is not this project's "
+        f"({_kernels.origin if _kernels else 'there is none'}); uninstall the other one (pip uninstall kernels), or put "
+        "this project's root first (PYTHONPATH=.)"
+    )
 
 _PUBLIC = {
     "LLM": "engine.llm",

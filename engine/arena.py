@@ -7,7 +7,8 @@ from engine.kv_cache import KVCache, SlotAllocator
 from engine.memory import available_bytes
 from engine.model import Transformer
 
-# What the KV cache may take of the free memory; the rest is for the activations.
+# What the KV cache and the activations may take of the free memory; the rest is for what nobody counts: fragments, the
+# tables of a forward pass, the copies that sampling makes.
 _FRACTION = 0.9
 
 
@@ -22,7 +23,7 @@ class Arena:
         self._device, self._dtype = model.embedding.weight.device, model.embedding.weight.dtype
         self.cache: KVCache | None = None
         self._slots = SlotAllocator(0)
-        self._max_slots: int | None = None  # found when it is first needed
+        self._limit: int | None = None  # bytes for the cache and the activations; found when it is first needed
         self._fixed = False
 
     @property
@@ -41,10 +42,12 @@ class Arena:
 
     @property
     def max_tokens(self) -> int:
-        """Tokens that it can grow to."""
-        if self._max_slots is None:
-            self._max_slots = self.capacity + self._memory_limit()
-        return self._max_slots
+        """Tokens that it can grow to, where activations take nothing."""
+        return self.capacity if self._fixed else self._memory_limit() // self.bytes_per_token
+
+    def begin_call(self) -> None:
+        """The memory limit holds for one call of the engine: other programs, and other tensors, come and go."""
+        self._limit = None
 
     def set_up(self, num_tokens: int) -> None:
         """Takes room for ``num_tokens`` tokens, which then neither grows nor shrinks. Nothing may be in use.
@@ -54,40 +57,34 @@ class Arena:
         if num_tokens < 1:
             raise InputError(f"the KV cache was given {num_tokens} tokens; accepted: 1 or more; raise it")
         self.release()
-        limit = self._memory_limit()
+        limit = self.max_tokens
         if num_tokens > limit:
             raise InputError(
                 f"a KV cache of {num_tokens} tokens needs {num_tokens * self.bytes_per_token / 2**30:.2f} GiB on each "
                 f"rank; accepted: at most {limit} tokens, which memory has room for; ask for fewer"
             )
         self._resize(num_tokens)
-        self._max_slots, self._fixed = num_tokens, True
+        self._fixed = True
 
     def release(self) -> None:
         """Gives the memory back; from now on the arena is sized by the work. Nothing may be in use."""
         assert self.num_used == 0, "the arena is in use"
-        self.cache, self._slots, self._max_slots, self._fixed = None, SlotAllocator(0), None, False
+        self.cache, self._slots, self._limit, self._fixed = None, SlotAllocator(0), None, False
 
-    def fits(self, ranges: Sequence[int]) -> bool:
-        """Whether contiguous ranges of these lengths can be had, growing if need be."""
-        trial = self._slots.copy()
-        trial.grow(max(self.max_tokens, trial.capacity))
-        return trial.allocate_all(ranges) is not None
+    def fits(self, ranges: Sequence[int], activation_bytes: int = 0) -> bool:
+        """Whether contiguous ranges of these lengths can be had, beside activations, in an arena of another size if
+        need be."""
+        return self._size_for(ranges, activation_bytes) is not None
 
-    def allocate(self, ranges: Sequence[int], what: str) -> list[int]:
+    def allocate(self, ranges: Sequence[int], what: str, activation_bytes: int = 0) -> list[int]:
         """Starts of the ranges. Raises InputError, stating what ``what`` needed, when there is no room."""
+        size = self._size_for(ranges, activation_bytes)
+        if size is None:
+            raise InputError(self._refusal(ranges, what, activation_bytes))
+        if size != self.capacity:
+            self._resize(size)
         starts = self._slots.allocate_all(ranges)
-        if starts is None and self.fits(ranges):
-            kept = self.capacity if self.num_used else 0
-            self._resize(min(self.max_tokens, kept + sum(ranges)))
-            starts = self._slots.allocate_all(ranges)
-        if starts is None:
-            remedy = "set up a larger cache" if self._fixed else "use a shorter prompt, fewer new tokens or more ranks"
-            held = f" ({self.num_used} more are held by kept levels)" if self.num_used else ""
-            raise InputError(
-                f"{what} needs room for {sum(ranges)} tokens in the KV cache; there is room for "
-                f"{self.max_tokens - self.num_used}{held}; {remedy}"
-            )
+        assert starts is not None, "the size was tried"
         return starts
 
     def free(self, start: int, length: int) -> None:
@@ -99,16 +96,57 @@ class Arena:
             for start, length in zip(starts, ranges, strict=True):
                 self.cache.clear(start, length)
 
+    def _size_for(self, ranges: Sequence[int], activation_bytes: int) -> int | None:
+        """Slots of the arena, now or resized, that holds the ranges and leaves room for activations; None: no room."""
+        most = (self._memory_limit() - activation_bytes) // self.bytes_per_token
+        trial = self._slots.copy()
+        if trial.allocate_all(ranges) is not None and self.capacity <= most:
+            return self.capacity
+        if self._fixed:
+            return None
+        if self.num_used == 0:  # nothing has to keep its place
+            return sum(ranges) if sum(ranges) <= most else None
+        size = min(most, self.capacity + sum(ranges))
+        if size < self.capacity:
+            return None
+        trial.grow(size)
+        return size if trial.allocate_all(ranges) is not None else None
+
+    def _refusal(self, ranges: Sequence[int], what: str, activation_bytes: int) -> str:
+        held = f" ({self.num_used} more are held by kept levels)" if self.num_used else ""
+        remedy = "use a shorter prompt, fewer new tokens or more ranks"
+        if self._size_for(ranges, 0) is None:
+            return (
+                f"{what} needs room for {sum(ranges)} tokens in the KV cache; there is room for "
+                f"{self.max_tokens - self.num_used}{held}; {'set up a larger cache' if self._fixed else remedy}"
+            )
+        taken = self.capacity if self._fixed else self.num_used
+        cache = f"room for {sum(ranges)} tokens in the KV cache{held} and " if not self._fixed else ""
+        left = max(self._memory_limit() - taken * self.bytes_per_token, 0)
+        if self._fixed:
+            remedy = "set up a smaller cache, or use a shorter prompt or more ranks"
+        return (
+            f"{what} needs {cache}{activation_bytes / 2**30:.2f} GiB for activations on each rank; there are "
+            f"{left / 2**30:.2f} GiB; {remedy}"
+        )
+
     def _memory_limit(self) -> int:
-        """Tokens that memory has room for: the same number on every rank."""
-        mine = int(available_bytes(self._group) * _FRACTION) // self.bytes_per_token
-        return min(self._group.gather_objects(mine))
+        """Bytes that the cache and the activations may take together: the same number on every rank."""
+        if self._limit is None:
+            mine = int(available_bytes(self._group) * _FRACTION)
+            held = 0 if self.cache is None else self.capacity * self.bytes_per_token
+            self._limit = min(self._group.gather_objects(mine)) + held
+        return self._limit
 
     def _resize(self, num_slots: int) -> None:
-        """A larger arena; what is in use keeps its place."""
-        if self.cache is not None and self.num_used:
+        """An arena of another size; what is in use keeps its place, and an arena in use only grows.
+
+        When memory fails, what was in use is as it was, and an arena that was not in use is empty.
+        """
+        if self.num_used:
             self.cache.grow(num_slots)
-        else:
-            self.cache = None  # give it back before the new one is taken
-            self.cache = KVCache(self._config, self._num_kv_heads, num_slots, self._dtype, self._device)
-        self._slots.grow(num_slots)
+            self._slots.grow(num_slots)
+            return
+        self.cache, self._slots = None, SlotAllocator(0)  # given back before the new one is taken
+        self.cache = KVCache(self._config, self._num_kv_heads, num_slots, self._dtype, self._device)
+        self._slots = SlotAllocator(num_slots)

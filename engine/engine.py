@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from engine.activations import activation_bytes, largest_prefill
 from engine.arena import Arena
 from engine.attention import AttentionMethod, get_method
 from engine.decoding import Generated, Request, decode, full_logits
@@ -65,7 +66,9 @@ class _Wave:
     whole_index: list[int]  # each node's index in the whole tree
     rooms: np.ndarray  # (B,) int64, for each sequence's suffix and new tokens
     resident: dict[int, ResidentNode]
+    uniform: bool  # whether rooms may be padded to equal ones
     ranges: list[int]
+    activation_bytes: int  # the most that its forward passes take
 
     @classmethod
     def of(
@@ -75,11 +78,23 @@ class _Wave:
         rooms: np.ndarray,
         in_arena: Mapping[int, ResidentNode],
         method: AttentionMethod,
+        model: Transformer,
+        uniform: bool,
     ) -> "_Wave":
         part, whole_index = restrict(tree, *stretch)
         resident = {i: in_arena[whole] for i, whole in enumerate(whole_index) if whole in in_arena}
         rooms = rooms[slice(*stretch)]
-        return cls(part, whole_index, rooms, resident, method.ranges(part, rooms, _slots(resident)))
+        ranges = method.ranges(part, rooms, _slots(resident), uniform=uniform)
+        num_tokens = largest_prefill(part, resident)
+        needed = activation_bytes(
+            model.config,
+            model.embedding.weight.dtype,
+            model.group.size,
+            num_tokens,
+            part.num_sequences,
+            model.prefill_chunk,
+        )
+        return cls(part, whole_index, rooms, resident, uniform, ranges, needed)
 
 
 class Engine:
@@ -146,8 +161,9 @@ class Engine:
         *,
         attention: str = "hydragen",
         shared_cache_op: str = "wipe",
+        parents: Sequence[int] | None = None,
         disable_hierarchy: bool = False,
-        min_shared: int = 1,
+        min_shared: int | None = None,
         starting_logits: torch.Tensor | None = None,
         forced_tokens: Sequence[Sequence[int]] | None = None,
         return_logits: bool = False,
@@ -161,9 +177,11 @@ class Engine:
             attention: the method, by name.
             shared_cache_op: ``wipe`` drops the kept levels first; ``preserve`` continues them and leaves them as they
                 were; ``extend`` continues them and keeps the prompts as further levels. Below kept levels, prompts
-                continue the last level's entries in even blocks, and share nothing else.
+                share what those hold and nothing else.
+            parents: for each prompt (of ``Levels`` each of the first level) below kept levels, the entry of the last
+                one that it continues; without it they divide evenly into blocks.
             disable_hierarchy: share the roots only.
-            min_shared: a shared stretch of fewer tokens is not shared. For flat prompts.
+            min_shared: a shared stretch of fewer tokens is not shared; for flat prompts, 1 if not given.
             starting_logits: (n, V); the first new token is chosen from these.
             forced_tokens: for each prompt, tokens to take instead of chosen ones, from the first on.
             return_logits: keep the logits that every token was chosen from.
@@ -175,45 +193,62 @@ class Engine:
         if shared_cache_op not in SHARED_CACHE_OPS:
             accepted = ", ".join(SHARED_CACHE_OPS)
             raise InputError(f"shared_cache_op {shared_cache_op!r} is not known; accepted: {accepted}")
-        if shared_cache_op == "wipe":
-            self.empty_shared()
-        self._shared.check(method)
+        if shared_cache_op != "wipe":
+            self._shared.check(method)
         num_kept = self.num_shared_levels
         try:
             if shared_cache_op == "extend":
-                self._extend(prompts, attention)
-                prompts = [()] * len(self._shared.levels[-1])
-            tree = self._tree(prompts, min_shared)
-            if disable_hierarchy:
-                tree = root_only(tree)
+                self._extend(prompts, parents, attention)
+                prompts, parents = [()] * len(self._shared.levels[-1]), None
+            below_kept = shared_cache_op != "wipe" and self.num_shared_levels > 0
+            tree = self._tree(prompts, parents, min_shared, below_kept)
             params = self._params(params, tree.num_sequences)
             counts = [p.n for p in params]
             requests = self._requests(tree, params, forced_tokens)
             self._check(tree, [p.max_tokens for p in params])
-            tree = repeat(tree, counts)
             if starting_logits is not None:
                 starting_logits = self._starting_logits(starting_logits, counts)
+            tree = repeat(tree, counts)
+            if disable_hierarchy:
+                tree = root_only(tree)
+            if shared_cache_op == "wipe":
+                self.empty_shared()  # now that nothing is wrong with the call
             results = self._run(tree, requests, method, starting_logits, return_logits, on_tokens)
         except BaseException:
-            self.truncate_shared(num_kept)  # a call that fails extends nothing
+            self.truncate_shared(min(num_kept, self.num_shared_levels))  # a call that fails extends nothing
             raise
         ends = np.cumsum(counts)
         return [results[end - count : end] for end, count in zip(ends, counts, strict=True)]
 
-    def _extend(self, prompts: Sequence[Sequence[int]] | Levels, attention: str) -> None:
+    def _extend(
+        self, prompts: Sequence[Sequence[int]] | Levels, parents: Sequence[int] | None, attention: str
+    ) -> None:
         laid_out = prompts if isinstance(prompts, Levels) else Levels([prompts])
-        parents = laid_out.all_parents()
-        for number, level in enumerate(laid_out.levels):
-            self.append_shared(level, parents[number - 1] if number else None, attention=attention)
+        all_parents = [parents, *laid_out.all_parents()]
+        for level, owners in zip(laid_out.levels, all_parents, strict=True):
+            self.append_shared(level, owners, attention=attention)
 
-    def _tree(self, prompts: Sequence[Sequence[int]] | Levels, min_shared: int) -> PrefixTree:
-        if not self._shared.levels and not isinstance(prompts, Levels):
-            return build_from_prompts(prompts, min_shared=min_shared)
-        laid_out = prompts if isinstance(prompts, Levels) else Levels([prompts])
-        if not self._shared.levels:
+    def _tree(
+        self,
+        prompts: Sequence[Sequence[int]] | Levels,
+        parents: Sequence[int] | None,
+        min_shared: int | None,
+        below_kept: bool,
+    ) -> PrefixTree:
+        by_hand = isinstance(prompts, Levels)
+        if min_shared is not None and (by_hand or below_kept):
+            raise InputError(
+                f"min_shared {min_shared} was given, but levels are shared as they are laid out; leave it out"
+            )
+        if parents is not None and not below_kept:
+            raise InputError("parents were given, but there are no kept levels to continue; leave them out")
+        if not by_hand and not below_kept:
+            return build_from_prompts(prompts, min_shared=1 if min_shared is None else min_shared)
+        laid_out = prompts if by_hand else Levels([prompts])
+        if not below_kept:
             return build_from_levels(laid_out.levels, parents=laid_out.parents)
-        parents = [*self._shared.parents_of_next(len(laid_out.levels[0]), None), *laid_out.all_parents()]
-        return build_from_levels([*self._shared.levels, *laid_out.levels], parents=parents)
+        all_parents = [*self._shared.parents_of_next(len(laid_out.levels[0]), parents), *laid_out.all_parents()]
+        return build_from_levels([*self._shared.levels, *laid_out.levels], parents=all_parents)
 
     def _params(self, params: SamplingParams | Sequence[SamplingParams], num_prompts: int) -> list[SamplingParams]:
         if isinstance(params, SamplingParams):
@@ -237,6 +272,7 @@ class Engine:
         for number, i in enumerate(np.argsort(tree.order).tolist()):
             p, forced = params[number], self._forced(number, forced_tokens[number], params[number].max_tokens)
             digest = prompt_hash(tree.sequence_tokens(i))
+            self._check_ids(np.array(p.stop_token_ids, dtype=np.int64), "stop_token_ids")
             stop_ids = frozenset(p.stop_token_ids) | (frozenset() if p.ignore_eos else self.eos_token_ids)
             keys = [row_key(p.seed, digest, occurrences[digest], sample) for sample in range(p.n)]
             requests += [Request(number, p, stop_ids, key, forced) for key in keys]
@@ -300,6 +336,7 @@ class Engine:
         on_tokens: OnTokens | None,
     ) -> list[Generated]:
         """All sequences of the tree, wave by wave. ``requests`` and the results are in the caller's order."""
+        self.arena.begin_call()
         order = np.array(tree.order)
         max_tokens = np.array([request.params.max_tokens for request in requests], dtype=np.int64)[order]
         rooms = np.array([len(s) for s in tree.suffixes], dtype=np.int64) + max_tokens - 1  # the last one is never read
@@ -308,14 +345,20 @@ class Engine:
         results: list[Generated | None] = [None] * len(requests)
 
         def part(first: int, last: int) -> _Wave:
-            return _Wave.of(tree, (first, last), rooms, kept | passed_on, method)
+            at = tree, (first, last), rooms, kept | passed_on, method, self.model
+            wave = _Wave.of(*at, uniform=True)
+            return wave if wave_fits(wave) else _Wave.of(*at, uniform=False)
+
+        def wave_fits(wave: _Wave) -> bool:
+            return self.arena.fits(wave.ranges, wave.activation_bytes)
 
         try:
-            fits = lambda first, last: self.arena.fits(part(first, last).ranges)  # noqa: E731
+            fits = lambda first, last: wave_fits(part(first, last))  # noqa: E731
             for first, last in waves(tree.num_sequences, self.max_batch_size, fits):
                 wave, callers = part(first, last), order[first:last]
                 # Only a wave of one sequence can lack the room: a longer one is as long as fits.
-                starts = self.arena.allocate(wave.ranges, f"prompt {requests[callers[0]].prompt}")
+                what = f"prompt {requests[callers[0]].prompt}"
+                starts = self.arena.allocate(wave.ranges, what, wave.activation_bytes)
                 reread = set(tree.leaf_path(last)) if last < tree.num_sequences else set()
                 new_nodes: dict[int, ResidentNode] = {}
                 try:
@@ -350,7 +393,7 @@ class Engine:
         return results
 
     def _place(self, wave: _Wave, method: AttentionMethod, starts: list[int]) -> Executor:
-        placement = method.place(wave.tree, wave.rooms, _slots(wave.resident), starts)
+        placement = method.place(wave.tree, wave.rooms, _slots(wave.resident), starts, uniform=wave.uniform)
         cache = self.arena.cache if method.uses_cache else None
         return Executor(self.model, cache, method, wave.tree, placement, wave.resident)
 

@@ -118,10 +118,15 @@ class KVCache:
                 arena[start : start + length] = 0
 
     def grow(self, num_slots: int) -> None:
-        """Adds slots at the end; the others keep their contents. Arena by arena, so that only one is there twice."""
-        for index, arenas in enumerate(self._layers):
-            for which, old in enumerate(arenas):
-                new = self._arena(num_slots)
-                new[: self.num_slots] = old
-                self._layers[index][which] = new
+        """Adds slots at the end; the others keep their contents. Layer by layer, so that only one is there twice.
+
+        When memory fails midway, every layer holds at least the slots there were, and growing can be tried again.
+        """
+        kept = self.num_slots
+        for index, (keys, values) in enumerate(self._layers):
+            # Both or neither: attention reads them by the same strides. A failure may have left them longer.
+            larger = [self._arena(num_slots), self._arena(num_slots)]
+            for new, old in zip(larger, (keys, values), strict=True):
+                new[:kept] = old[:kept]
+            self._layers[index] = larger
         self.num_slots = num_slots

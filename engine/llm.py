@@ -38,7 +38,7 @@ class RequestOutput:
     """A prompt and its samples."""
 
     prompt: str | None  # the whole text, all ``PromptLevels`` joined; None when it was given as token ids
-    prompt_token_ids: Sequence[int]  # of ``PromptLevels`` the last level's entry
+    prompt_token_ids: Sequence[int]  # likewise; kept levels above it are in neither
     outputs: tuple[CompletionOutput, ...]
 
 
@@ -129,8 +129,9 @@ class LLM:
         *,
         attention: str | None = None,
         shared_cache_op: str = "wipe",
+        parents: Sequence[int] | None = None,
         disable_hierarchy: bool = False,
-        min_shared: int = MIN_SHARED_TOKENS,
+        min_shared: int | None = None,
         starting_logits: torch.Tensor | None = None,
         forced_tokens: Sequence[Sequence[int]] | None = None,
         return_logits: bool = False,
@@ -138,8 +139,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """For each prompt, in the caller's order, ``params.n`` samples.
 
-        Shared prefixes are found by themselves, or laid out by hand with ``PromptLevels``. The other arguments are
-        those of ``Engine.generate``.
+        Shared prefixes of ``min_shared`` tokens (``MIN_SHARED_TOKENS`` if not given) or more are found by themselves;
+        or they are laid out by hand with ``PromptLevels``. The other arguments are those of ``Engine.generate``.
         """
         laid_out = isinstance(prompts, PromptLevels)
         levels = prompts.levels if laid_out else [prompts]
@@ -147,11 +148,14 @@ class LLM:
             raise InputError("a prompt is empty text; accepted: text or token ids; fill it, or give it [bos_token_id]")
         top = shared_cache_op == "wipe" or self.engine.num_shared_levels == 0
         encoded = [self._encode(level, special=top and number == 0) for number, level in enumerate(levels)]
+        if min_shared is None and top and not laid_out:
+            min_shared = MIN_SHARED_TOKENS
         generated = self.engine.generate(
             Levels(encoded, prompts.parents) if laid_out else encoded[0],
             params if params is not None else SamplingParams(),
             attention=attention or self.attention,
             shared_cache_op=shared_cache_op,
+            parents=parents,
             disable_hierarchy=disable_hierarchy,
             min_shared=min_shared,
             starting_logits=starting_logits,
@@ -159,21 +163,25 @@ class LLM:
             return_logits=return_logits,
             on_tokens=on_tokens,
         )
-        texts = _whole_texts(levels, Levels(levels, prompts.parents if laid_out else None).all_parents())
+        owners = Levels(levels, prompts.parents if laid_out else None).all_parents()
+        texts = _whole_texts(levels, owners)
+        whole_ids = _whole_ids(encoded, owners)
         return [
             RequestOutput(
                 prompt=text,
                 prompt_token_ids=ids,
                 outputs=tuple(self._output(index, sample) for index, sample in enumerate(samples)),
             )
-            for text, ids, samples in zip(texts, encoded[-1], generated, strict=True)
+            for text, ids, samples in zip(texts, whole_ids, generated, strict=True)
         ]
 
-    def append_shared(self, prompts: Sequence[Prompt], parents: Sequence[int] | None = None) -> torch.Tensor:
+    def append_shared(
+        self, prompts: Sequence[Prompt], parents: Sequence[int] | None = None, *, attention: str | None = None
+    ) -> torch.Tensor:
         """Computes one more shared level and keeps it, see ``Engine.append_shared``. Text gets special tokens, such as
-        BOS, at the first level only."""
+        BOS, at the first level only. ``llm.engine`` truncates and empties what is kept, and sets caches up ahead."""
         encoded = self._encode(prompts, special=self.engine.num_shared_levels == 0)
-        return self.engine.append_shared(encoded, parents, attention=self.attention)
+        return self.engine.append_shared(encoded, parents, attention=attention or self.attention)
 
     def close(self) -> None:
         """Leaves the group. Call it once, last, when this class joined the ranks."""
@@ -210,3 +218,11 @@ def _whole_texts(levels: Sequence[Sequence[Prompt]], parents: Sequence[Sequence[
         both = [isinstance(prompt, str) and text is not None for prompt, text in zip(level, above, strict=True)]
         texts = [text + prompt if ok else None for text, prompt, ok in zip(above, level, both, strict=True)]
     return texts
+
+
+def _whole_ids(levels: Sequence[Sequence[Sequence[int]]], parents: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    """The token ids of each sequence from the root down. Those of a single level are the caller's own lists."""
+    ids = list(levels[0])
+    for level, owners in zip(levels[1:], parents, strict=True):
+        ids = [[*ids[owner], *entry] for owner, entry in zip(owners, level, strict=True)]
+    return ids

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from engine.activations import activation_bytes, largest_prefill
 from engine.arena import Arena
 from engine.attention import AttentionMethod, get_method
 from engine.errors import InputError
@@ -69,13 +70,23 @@ class SharedLevels:
 
         Returns the hidden state after each entry's last token, (n, hidden), in the order of ``prompts``.
         """
-        # Each node has a range of its own, whatever the method: that is what keeping it means.
-        layout = get_method("hydragen") if method.uses_cache else method
+        # A kept node has a range of its own. The baseline, which has none for nodes, gets an exact level all the same.
+        layout = method if method.own_node_ranges or not method.uses_cache else get_method("hydragen")
         resident = self.resident(tree)
         slots = {i: node.slot for i, node in resident.items()}
         rooms = np.zeros(tree.num_sequences, dtype=np.int64)
         ranges = layout.ranges(tree, rooms, slots)
-        starts = self._arena.allocate(ranges, "the shared level")
+        model = self._model
+        needed = activation_bytes(
+            model.config,
+            model.embedding.weight.dtype,
+            model.group.size,
+            largest_prefill(tree, resident),
+            tree.num_sequences,
+            model.prefill_chunk,
+        )
+        self._arena.begin_call()
+        starts = self._arena.allocate(ranges, "the shared level", needed)
         try:
             placement = layout.place(tree, rooms, slots, starts)
             cache = self._arena.cache if method.uses_cache else None

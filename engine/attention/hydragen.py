@@ -15,14 +15,14 @@ class Hydragen(AttentionMethod):
     name = "hydragen"
     own_node_ranges = True
 
-    def ranges(self, tree, rooms, resident):
+    def ranges(self, tree, rooms, resident, *, uniform=True):
         nodes = [len(node.tokens) for node in tree.nodes if node.index not in resident]
-        return [*nodes, int(uniform_rooms(rooms).sum())]
+        return [*nodes, int((uniform_rooms(rooms) if uniform else rooms).sum())]
 
-    def place(self, tree, rooms, resident, starts):
+    def place(self, tree, rooms, resident, starts, *, uniform=True):
         remaining = iter(starts)
         node_starts = [resident[n.index] if n.index in resident else next(remaining) for n in tree.nodes]
-        rooms = uniform_rooms(rooms)
+        rooms = uniform_rooms(rooms) if uniform else rooms
         suffix_starts = next(remaining) + np.cumsum(rooms) - rooms
         return Placement(np.array(node_starts, dtype=np.int64), suffix_starts, rooms)
 

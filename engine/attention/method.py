@@ -52,18 +52,27 @@ class AttentionMethod(ABC):
     own_node_ranges = False  # whether each node that is not resident has a range of its own, which can outlive the call
 
     @abstractmethod
-    def ranges(self, tree: PrefixTree, rooms: np.ndarray, resident: Mapping[int, int]) -> list[int]:
+    def ranges(
+        self, tree: PrefixTree, rooms: np.ndarray, resident: Mapping[int, int], *, uniform: bool = True
+    ) -> list[int]:
         """Lengths of the contiguous arena ranges that ``place`` needs, in its order.
 
         ``rooms`` (B,) is what each sequence needs for its suffix and new tokens; ``resident`` maps the nodes whose
-        keys and values are in the arena already to their slots.
+        keys and values are in the arena already to their slots. ``uniform`` allows rooms to be padded to equal ones,
+        which is faster; without it the ranges are as short as can be.
         """
 
     @abstractmethod
     def place(
-        self, tree: PrefixTree, rooms: np.ndarray, resident: Mapping[int, int], starts: Sequence[int]
+        self,
+        tree: PrefixTree,
+        rooms: np.ndarray,
+        resident: Mapping[int, int],
+        starts: Sequence[int],
+        *,
+        uniform: bool = True,
     ) -> Placement:
-        """Lays the tree out over those ranges, which begin at ``starts``."""
+        """Lays the tree out over those ranges, which begin at ``starts``. ``uniform`` is what ``ranges`` was given."""
 
     def copies(self, tree: PrefixTree, placement: Placement, node: Node) -> list[int]:
         """Slots to which a node's keys and values are copied before any run below it reads them."""

@@ -10,10 +10,10 @@ class NoAttention(AttentionMethod):
     name = "noattention"
     uses_cache = False
 
-    def ranges(self, tree, rooms, resident):
+    def ranges(self, tree, rooms, resident, *, uniform=True):
         return []
 
-    def place(self, tree, rooms, resident, starts):
+    def place(self, tree, rooms, resident, starts, *, uniform=True):
         return Placement(
             np.zeros(len(tree.nodes), dtype=np.int64), np.zeros_like(rooms), np.zeros_like(rooms)
         )

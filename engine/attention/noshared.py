@@ -19,12 +19,13 @@ def _history_lens(tree) -> np.ndarray:
 class HydragenNoShared(AttentionMethod):
     name = "hydragen_noshared"
 
-    def ranges(self, tree, rooms, resident):
-        return [int(uniform_rooms(_history_lens(tree) + rooms).sum())]
+    def ranges(self, tree, rooms, resident, *, uniform=True):
+        rooms = _history_lens(tree) + rooms
+        return [int((uniform_rooms(rooms) if uniform else rooms).sum())]
 
-    def place(self, tree, rooms, resident, starts):
+    def place(self, tree, rooms, resident, starts, *, uniform=True):
         history = _history_lens(tree)
-        rooms = uniform_rooms(history + rooms)
+        rooms = uniform_rooms(history + rooms) if uniform else history + rooms
         sequence_starts = starts[0] + np.cumsum(rooms) - rooms
         node_starts = [sequence_starts[node.first_leaf] + node.start for node in tree.nodes]
         return Placement(np.array(node_starts, dtype=np.int64), sequence_starts + history, rooms - history)

@@ -1,18 +1,16 @@
-"""Predicted memory of a sweep's cells, per rank, from the model's shapes alone: nothing is allocated.
-
-Shapes: T tokens of the prompt, B sequences.
-"""
+"""Predicted memory of a sweep's cells, per rank, from the model's shapes alone: nothing is allocated."""
 
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
+from engine.activations import activation_bytes
 from engine.bench.results import Cell
 from engine.config import ModelConfig
 from engine.distributed import TPGroup
 from engine.kv_cache import KVCache
-from engine.model import PREFILL_CHUNK, Transformer
+from engine.model import Transformer
 
 
 @dataclass(frozen=True)
@@ -54,16 +52,7 @@ def footprint(config: ModelConfig, world_size: int, cell: Cell) -> Footprint | N
     dtype = config.dtype
     weights, num_kv_heads = _weights(config, world_size)
     cache = cache_tokens(cell) * KVCache.bytes_per_slot(config, num_kv_heads, dtype)
-    q_size = config.num_heads // world_size * config.head_dim
-    mlp_size = config.intermediate_size // world_size
-    T, B = cell.num_shared, cell.batch_size
-    # Prefill keeps the residual stream, one layer's queries and their attention for all tokens; the MLP of a chunk.
-    chunk = min(T, PREFILL_CHUNK)
-    prefill = T * (config.hidden_size + 2 * q_size) + chunk * (2 * config.hidden_size + 3 * mlp_size)
-    # A decode step does the same for one token of each sequence, and makes logits, once more in float32.
-    step = B * (3 * config.hidden_size + 3 * q_size + 3 * mlp_size)
-    logits = B * -(-config.vocab_size // world_size) * (dtype.itemsize + 4)
-    activations = max(prefill * dtype.itemsize, step * dtype.itemsize + logits)
+    activations = activation_bytes(config, dtype, world_size, cell.num_shared, cell.batch_size)
     if cell.mode == "hf":
         activations += cache // (2 * config.num_layers)  # a cache that grows by a token is copied, tensor by tensor
     return Footprint(weights, cache, activations)

@@ -83,11 +83,14 @@ def check_mode(name: str, options: ModelOptions, num_ranks: int, tp: int | None,
     if name == "hf" and tp not in (None, 1):
         raise InputError(f"--tp {tp} was given, but mode hf runs in one process; leave it out")
     if find_spec(library) is None:
-        raise InputError(f"mode {name} needs {library}, which is not installed; run: pip install tributary[{library}]")
+        raise InputError(
+            f"mode {name} needs {library}, which is not installed; run in the repository's root: "
+            f'pip install -e ".[{library}]"'
+        )
 
 
-def make_mode(name: str, options: ModelOptions, group: TPGroup, tp: int | None) -> Mode:
-    """Loads the model for a mode that has passed ``check_mode``."""
+def make_mode(name: str, options: ModelOptions, group: TPGroup, tp: int | None, max_batch_size: int) -> Mode:
+    """Loads the model for a mode that has passed ``check_mode``; its cells have ``max_batch_size`` at most."""
     if name in METHODS:
         from engine.bench.engine_mode import EngineMode
 
@@ -98,7 +101,7 @@ def make_mode(name: str, options: ModelOptions, group: TPGroup, tp: int | None) 
         return HFMode(options, group)
     from engine.bench.vllm_mode import VLLMMode
 
-    return VLLMMode(options, tp or 1, detokenize=name == "vllm")
+    return VLLMMode(options, tp or 1, max_batch_size, detokenize=name == "vllm")
 
 
 def make_prompt(vocab_size: int, length: int, seed: int) -> list[int]:

@@ -29,6 +29,12 @@ class Row:
     vs_noattention: float | None
     vs_noshared: float | None  # hydragen_noshared
     vs_hf: float | None
+    hf_threads: tuple[int, int] | None = None  # in all, of this cell and of hf's, where no ratio is fair for that
+
+    @property
+    def spread(self) -> float | None:
+        """That of the result; None for a single time, which has none."""
+        return self.result.spread if len(self.result.decode_ms) > 1 else None
 
     @property
     def prefill_ms(self) -> float | None:
@@ -41,20 +47,27 @@ def build_rows(results: Iterable[CellResult]) -> list[Row]:
     A baseline is a cell of the same sweep, model, device and dtype, at the same batch size and lengths. ``noattention``
     does not depend on the shared length, so any one with the same batch size and unique length serves where that of
     the same shared length was not run. The engine's own baselines must have run on as many ranks; ``hf`` need not: it
-    runs in one process, with as many threads as all ranks together.
+    runs in one process. On a CPU that must have had as many threads as all ranks together, or there is no ratio.
     """
     results = sorted(results, key=_order)
     by_point: dict[tuple[object, ...], float] = {}
+    hf_threads: dict[tuple[object, ...], int | None] = {}
     ceilings: dict[tuple[object, ...], float] = {}
     for result in results:
         if result.tokens_per_second is not None:
             by_point[_point(result, result.cell.mode)] = result.tokens_per_second
+            if result.cell.mode == "hf":
+                hf_threads[_point(result, "hf")] = _cpu_threads(result)
             if result.cell.mode == "noattention":
                 ceilings.setdefault(_ceiling_point(result), result.tokens_per_second)
 
     def against(result: CellResult, baseline: float | None) -> float | None:
         speed = result.tokens_per_second
         return None if speed is None or baseline is None else speed / baseline
+
+    def unfair(result: CellResult) -> tuple[int, int] | None:
+        ours, theirs = _cpu_threads(result), hf_threads.get(_point(result, "hf"))
+        return None if ours is None or theirs is None or ours == theirs else (ours, theirs)
 
     return [
         Row(
@@ -63,7 +76,8 @@ def build_rows(results: Iterable[CellResult]) -> list[Row]:
                 result, by_point.get(_point(result, "noattention"), ceilings.get(_ceiling_point(result)))
             ),
             vs_noshared=against(result, by_point.get(_point(result, "hydragen_noshared"))),
-            vs_hf=against(result, by_point.get(_point(result, "hf"))),
+            vs_hf=None if unfair(result) else against(result, by_point.get(_point(result, "hf"))),
+            hf_threads=unfair(result),
         )
         for result in results
     ]
@@ -94,6 +108,13 @@ def _num_ranks(result: CellResult) -> int:
     return world_size if isinstance(world_size, int) else 1
 
 
+def _cpu_threads(result: CellResult) -> int | None:
+    """Threads of all ranks together; None on another device, where they decide nothing, and where they are unknown."""
+    threads = result.environment.get("num_threads")
+    on_cpu = result.environment.get("device") == "cpu"
+    return threads * _num_ranks(result) if on_cpu and isinstance(threads, int) else None
+
+
 def _point(result: CellResult, mode: str) -> tuple[object, ...]:
     """Where the cell of ``mode`` that compares with ``result`` is found."""
     cell = result.cell
@@ -120,6 +141,8 @@ def print_table(rows: Sequence[Row], console: "Console") -> None:
         _print_comparison(f"{title}, from {sweep}" if sweep else title, members, console)
     if any(row.result.high_spread for row in rows):
         console.print(f"! times vary by more than {HIGH_SPREAD:.0%}: differences of that size may be noise")
+    for ours, theirs in sorted({row.hf_threads for row in rows if row.hf_threads}):
+        console.print(f"no ratio to hf where it ran with {theirs} threads and the mode with {ours} in all: equal them")
     for row in rows:
         if row.result.status != Status.OK and row.result.message:
             where = row.result.cell.path(Path())
@@ -137,7 +160,7 @@ def _print_comparison(title: str, rows: list[Row], console: "Console") -> None:
         "vs\nnoattn": [_number(row.vs_noattention, ".2f") for row in rows],
         "vs\nnoshared": [_number(row.vs_noshared, ".2f") for row in rows],
         "vs\nhf": [_number(row.vs_hf, ".2f") for row in rows],
-        "spread": [_number(row.result.spread, ".1%") + (" !" if row.result.high_spread else "") for row in rows],
+        "spread": [_number(row.spread, ".1%") + (" !" if row.result.high_spread else "") for row in rows],
         "prefill\nms": [_number(row.prefill_ms, ",.1f") for row in rows],
         "roof-\nline": [_number(row.result.roofline_fraction, ".0%") for row in rows],
     }
@@ -207,12 +230,12 @@ def _csv_values(row: Row) -> dict[str, object]:
     result, environment = row.result, row.result.environment
     return {
         **{name: getattr(result.cell, name) for name in ("mode", "batch_size", "num_shared", "num_unique")},
-        **{name: getattr(row, name) for name in ("vs_noattention", "vs_noshared", "vs_hf", "prefill_ms")},
+        **{name: getattr(row, name) for name in ("vs_noattention", "vs_noshared", "vs_hf", "spread", "prefill_ms")},
         **{name: environment.get(name) for name in ("device", "device_name", "dtype", "num_threads", "git_revision")},
         **{
             name: getattr(result, name)
             for name in (
-                "sweep", "tokens_per_second", "spread", "decode_step_ms", "roofline_ms", "roofline_fraction",
+                "sweep", "tokens_per_second", "decode_step_ms", "roofline_ms", "roofline_fraction",
                 "achieved_gbs", "achieved_tflops", "num_iters", "num_warmup", "seed", "message",
             )
         },
@@ -236,7 +259,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     Each setting and unique length has its own pair of panels. Raises InputError when matplotlib is not installed.
     """
     if not find_spec("matplotlib"):
-        raise InputError("plotting needs matplotlib, which is not installed; run: pip install tributary[plots]")
+        raise InputError(
+            "plotting needs matplotlib, which is not installed; run in the repository's root: "
+            'pip install -e ".[plots]"'
+        )
     from engine.bench.plot import Comparison, draw  # here: matplotlib takes half a second to import
 
     comparisons = [

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
+from engine.attention import AttentionMethod, Runs, get_method
 from engine.bench.timing import Timer
+from engine.prefix_tree import build_from_levels
 from engine.sharding import local_kv_heads
-
-METHODS = ("hydragen", "hydragen_noshared", "noattention")
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,14 @@ def decode_step_cost(
     own (the mean over the steps that were timed, so it may be fractional). Head counts and sizes are the whole model's.
 
     - Weights are read once a step, whatever the batch; each multiplies every row: ``2 * batch`` FLOPs a weight.
-    - Keys and values: ``hydragen`` reads the shared ones once for the whole batch; ``hydragen_noshared`` reads each
-      sequence's own copy of its whole history; ``noattention`` reads none.
+    - Keys and values: those that the method's segments name, once for all queries of a row. So ``hydragen`` reads the
+      shared ones once for the whole batch, ``hydragen_noshared`` each sequence's own copy of its whole history.
     - Attention is two products per query head and key, ``4 * head_dim`` FLOPs, however the keys were read.
 
     Left out, as small beside these: activations, the cache's new rows, norms, embedding rows, and communication.
-    Raises ValueError for a method that is not one of METHODS.
+    Raises InputError for a method that is not registered.
     """
-    if method not in METHODS:
-        raise ValueError(f"no cost model for method {method!r}; known: {', '.join(METHODS)}")
+    keys_read, keys_attended = _count_keys(get_method(method), batch, shared_len, unique_len)
     local_heads = num_heads // world_size
     kv_heads = local_kv_heads(num_kv_heads, 0, world_size)[1]
     attention_weights = hidden_size * head_dim * (2 * local_heads + 2 * kv_heads)  # q, o and k, v
@@ -81,17 +81,37 @@ def decode_step_cost(
     head_weights = hidden_size * -(-vocab_size // world_size)
     weights = num_layers * (attention_weights + mlp_weights) + head_weights
 
-    keys_read = {
-        "hydragen": shared_len + batch * unique_len,
-        "hydragen_noshared": batch * (shared_len + unique_len),
-        "noattention": 0,
-    }[method]
-    keys_attended = 0 if method == "noattention" else batch * (shared_len + unique_len)
     return Cost(
         bytes=round(bytes_per_element * (weights + num_layers * 2 * kv_heads * head_dim * keys_read)),
         linear_flops=2 * batch * weights,
         attention_flops=round(num_layers * 4 * local_heads * head_dim * keys_attended),
     )
+
+
+def _count_keys(method: AttentionMethod, batch: int, shared_len: int, unique_len: float) -> tuple[float, float]:
+    """``(keys read, pairs of query and key)`` of a decode step, as the method plans it; a fraction is interpolated."""
+    whole = int(unique_len)
+    fewer, more = (np.array(_planned_keys(method, batch, shared_len, length)) for length in (whole, whole + 1))
+    keys_read, keys_attended = (fewer + (unique_len - whole) * (more - fewer)).tolist()
+    return keys_read, keys_attended
+
+
+def _planned_keys(method: AttentionMethod, batch: int, shared_len: int, unique_len: int) -> tuple[int, int]:
+    tree = build_from_levels([[[0] * shared_len], [[0]] * batch])
+    rooms = np.full(batch, max(unique_len, 1), dtype=np.int64)
+    lens = method.ranges(tree, rooms, {})
+    placement = method.place(tree, rooms, {}, [sum(lens[:i]) for i in range(len(lens))])
+    runs = Runs(
+        num_new=np.ones(batch, dtype=np.int64),
+        positions=np.full(batch, shared_len, dtype=np.int64),
+        own_starts=placement.suffix_starts,
+        own_lens=np.full(batch, unique_len, dtype=np.int64),
+        own_rooms=placement.suffix_rooms,
+        paths=np.zeros((len(tree.nodes), batch), dtype=np.int64),  # the one node, if any, is above every sequence
+    )
+    segments = [*method.shared_segments(tree, placement, runs), *method.own_segments(runs)]
+    keys_read = sum(int(s.k_lens.sum()) for s in segments)
+    return keys_read, sum(int((np.diff(s.q_offsets) * s.k_lens).sum()) for s in segments)
 
 
 def predict_ms(cost: Cost, ceilings: Ceilings) -> float:

@@ -57,19 +57,19 @@ def make_grid(
 def run_sweep(sweep: Sweep, group: TPGroup, console: Console) -> None:
     """Runs the cells that have no result yet, and writes each as soon as it is done.
 
-    Raises InputError when OUTDIR cannot be used or holds results of another model or dtype, when the model cannot be
-    loaded, and when one rank of several runs out of memory.
+    Raises InputError when OUTDIR cannot be used or holds results of another model, dtype, device or number of ranks,
+    when the model cannot be loaded, and when one rank of several runs out of memory.
     """
     say = partial(console.print, soft_wrap=True)
     config = sweep.model.config()
-    todo = group.on_rank_0(lambda: _unfinished(sweep, config))
+    todo = group.on_rank_0(lambda: _unfinished(sweep, config, _num_ranks(sweep, group), group.device.type))
     skipped = len(sweep.cells) - len(todo)
     if skipped:
         say(f"{skipped} of {len(sweep.cells)} cells have results in {sweep.outdir} and are skipped.")
     if not todo:
         return
     say(f"Loading {sweep.model.name} for mode {sweep.mode} ...")
-    mode = make_mode(sweep.mode, sweep.model, group, sweep.tp)
+    mode = make_mode(sweep.mode, sweep.model, group, sweep.tp, max(cell.batch_size for cell in sweep.cells))
     runner = _Runner(sweep, config, mode, group)
     with progress_bar(console) as progress:
         task = progress.add_task(sweep.mode, total=len(todo))
@@ -82,9 +82,13 @@ def run_sweep(sweep: Sweep, group: TPGroup, console: Console) -> None:
 
 
 def print_plan(sweep: Sweep, num_ranks: int, console: Console) -> None:
-    """The grid with each cell's predicted memory per rank. Runs nothing, loads no weights, writes nothing."""
+    """The grid with each cell's predicted memory per rank. Runs nothing, loads no weights, writes nothing.
+
+    Raises InputError for an OUTDIR that a run on ``num_ranks`` would refuse, whatever the device: plans are often made
+    elsewhere.
+    """
     config = sweep.model.config()
-    todo = set(_unfinished(sweep, config))
+    todo = set(_unfinished(sweep, config, num_ranks))
     title = f"{sweep.mode}: {sweep.model.name}, {dtype_name(config.dtype)}, {num_ranks} rank(s); GiB per rank"
     table = Table(title=title)
     for column in ("batch", "shared", "unique", "weights", "KV cache", "activations", "total", "result"):
@@ -103,8 +107,8 @@ def print_plan(sweep: Sweep, num_ranks: int, console: Console) -> None:
 # ---- what is left to do
 
 
-def _unfinished(sweep: Sweep, config: ModelConfig) -> list[Cell]:
-    """The cells without a result. Raises InputError when OUTDIR cannot take those to come."""
+def _unfinished(sweep: Sweep, config: ModelConfig, num_ranks: int, device: str | None = None) -> list[Cell]:
+    """The cells without a result. Raises InputError when OUTDIR cannot take those to come (from any device if None)."""
     _check_outdir(sweep.outdir)
     if sweep.outdir.is_dir():
         ours = (sweep.model.name, dtype_name(config.dtype))
@@ -115,7 +119,31 @@ def _unfinished(sweep: Sweep, config: ModelConfig) -> list[Cell]:
                     f"{sweep.outdir} holds results of {theirs[0]} in {theirs[1]}; this sweep is of {ours[0]} in "
                     f"{ours[1]}; use another OUTDIR"
                 )
+            _check_ranks(sweep, result, num_ranks, device)
     return [cell for cell in sweep.cells if not is_finished(sweep.outdir, cell)]
+
+
+def _check_ranks(sweep: Sweep, result: CellResult, num_ranks: int, device: str | None) -> None:
+    """Raises InputError when ``result`` ran on another number of ranks or kind of device than the sweep is to.
+
+    The engine's own modes are held against each other, every other system against itself alone: it has its own
+    processes.
+    """
+    mode = result.cell.mode
+    if mode != sweep.mode and not (mode in METHODS and sweep.mode in METHODS):
+        return
+    theirs = (result.environment.get("world_size"), result.environment.get("device"))
+    ours = (num_ranks, device or theirs[1])
+    if theirs != ours:
+        raise InputError(
+            f"{sweep.outdir} holds results of {mode} on {theirs[0]} rank(s) ({theirs[1]}); this sweep is of "
+            f"{sweep.mode} on {ours[0]} rank(s) ({ours[1]}); use another OUTDIR"
+        )
+
+
+def _num_ranks(sweep: Sweep, group: TPGroup) -> int:
+    """Processes of the mode: vLLM starts its own."""
+    return sweep.tp or 1 if sweep.mode.startswith("vllm") else group.size
 
 
 def _check_outdir(outdir: Path) -> None:
@@ -135,8 +163,7 @@ class _Runner:
 
     def __init__(self, sweep: Sweep, config: ModelConfig, mode: Mode, group: TPGroup):
         self._sweep, self._config, self._mode, self._group = sweep, config, mode, group
-        num_ranks = sweep.tp or 1 if sweep.mode.startswith("vllm") else group.size
-        self._environment = describe_environment(group.device, config.dtype, num_ranks)
+        self._environment = describe_environment(group.device, config.dtype, _num_ranks(sweep, group))
         self._limit = min(group.gather_objects(available_bytes(group)))
         self._ceilings: dict[int, Ceilings] = {}  # by batch size
 

@@ -8,9 +8,9 @@ from engine.checkpoint import resolve_model
 
 
 class VLLMMode:
-    """vLLM starts its ``tp`` processes by itself."""
+    """vLLM starts its ``tp`` processes by itself, and runs up to ``max_batch_size`` sequences at once."""
 
-    def __init__(self, options: ModelOptions, tp: int, detokenize: bool):
+    def __init__(self, options: ModelOptions, tp: int, max_batch_size: int, detokenize: bool):
         self._detokenize = detokenize
         self._batch_size = 0
         self._prompts: list[dict] = []
@@ -20,6 +20,7 @@ class VLLMMode:
             dtype=str(options.config().dtype).removeprefix("torch."),
             load_format=options.load_format,
             enable_prefix_caching=True,
+            max_num_seqs=max_batch_size,  # its default would run a larger batch in turns
             seed=options.seed,
         )
 

@@ -1,9 +1,14 @@
 import weakref
 
+import pytest
+import torch
+from models import hf_model, our_engine, passes
+
 import engine.arena
+from engine.activations import activation_bytes
+from engine.errors import InputError
 from engine.kv_cache import KVCache
 from engine.sampling import SamplingParams
-from models import hf_model, our_engine
 
 
 def test_an_arena_is_given_back_before_a_larger_one_takes_its_place(monkeypatch):
@@ -24,3 +29,104 @@ def test_an_arena_is_given_back_before_a_larger_one_takes_its_place(monkeypatch)
         ours.release_caches()
         ours.generate([[1], [2] * 50], SamplingParams(temperature=0, max_tokens=3), attention=method)
     assert num_made == 4
+
+
+GREEDY = SamplingParams(temperature=0, max_tokens=3)
+PROMPTS = [[1, 2, 3] * 40, [4, 5, 6, 7] * 30, [8] * 120]
+
+
+def needed(ours, prompts) -> int:
+    """Bytes of one wave of ``prompts``, which share nothing: their cache and their prefill."""
+    num_tokens = sum(len(prompt) for prompt in prompts)
+    model = ours.model
+    activations = activation_bytes(
+        model.config, torch.float32, 1, num_tokens, len(prompts), model.prefill_chunk
+    )
+    return (num_tokens + 2 * len(prompts)) * ours.arena.bytes_per_token + activations
+
+
+def give(monkeypatch, num_bytes: int) -> None:
+    monkeypatch.setattr(engine.arena, "_FRACTION", 1)
+    monkeypatch.setattr(engine.arena, "available_bytes", lambda group: num_bytes)
+
+
+def num_waves(ours) -> int:
+    with passes(ours.model) as seen:
+        ours.generate(PROMPTS, GREEDY)
+    return sum(p.is_prefill for p in seen)
+
+
+def test_a_wave_leaves_room_for_its_activations(monkeypatch):
+    ours = our_engine(hf_model())
+    for num_bytes, expected in ((needed(ours, PROMPTS), 1), (needed(ours, PROMPTS) - 1, 2)):
+        ours.release_caches()
+        give(monkeypatch, num_bytes)
+        assert num_waves(ours) == expected
+    ours.release_caches()
+    give(monkeypatch, needed(ours, PROMPTS[:1]) - 1)
+    with pytest.raises(InputError, match=r"^prompt 0 needs room for 122 tokens .* GiB for activations on each rank; "):
+        ours.generate(PROMPTS, GREEDY)
+    assert ours.arena.num_used == 0
+
+
+def test_beside_a_cache_set_up_ahead_only_activations_need_room(monkeypatch):
+    ours = our_engine(hf_model())
+    ours.setup_caches(366)
+    give(monkeypatch, needed(ours, PROMPTS) - 366 * ours.arena.bytes_per_token)
+    assert num_waves(ours) == 1
+    give(monkeypatch, needed(ours, PROMPTS) - 366 * ours.arena.bytes_per_token - 1)
+    assert num_waves(ours) == 2, "the limit is read anew for each call"
+    give(monkeypatch, 100)
+    with pytest.raises(InputError, match=r"^prompt 0 needs 0.00 GiB for activations .* set up a smaller cache"):
+        ours.generate(PROMPTS, GREEDY)
+
+
+def test_an_empty_arena_makes_way_for_activations(monkeypatch):
+    """What one call left is not in the way of the next, which needs a small cache and large activations."""
+    ours = our_engine(hf_model())
+    give(monkeypatch, needed(ours, PROMPTS))
+    ours.generate([[1], [2], [3]], SamplingParams(temperature=0, max_tokens=140))
+    assert ours.arena.capacity > 366
+    held = ours.arena.capacity * ours.arena.bytes_per_token
+    give(monkeypatch, needed(ours, PROMPTS) - held)
+    assert num_waves(ours) == 1 and ours.arena.capacity == 366
+
+
+def test_a_cache_of_the_exact_need_serves_one_wave():
+    ours = our_engine(hf_model())
+    prompts = [[1], [2, 3], [4, 5, 6]]  # 1.5 times the rooms would make them equal
+    for method, room in (("hydragen", 12), ("hydragen_noshared", 12)):
+        ours.setup_caches(room)
+        with passes(ours.model) as seen:
+            ours.generate(prompts, GREEDY, attention=method)
+        assert [p.num_tokens for p in seen] == [6, 3, 3]
+
+
+@pytest.mark.parametrize("in_use", [False, True])
+def test_an_arena_whose_growth_failed_can_be_used(monkeypatch, in_use):
+    ours, plain = our_engine(hf_model()), our_engine(hf_model())
+    expected = [plain.generate([[7] * 30 + end], GREEDY)[0][0].token_ids for end in ([1], [2] * 60)]
+    if in_use:
+        ours.append_shared([[7] * 30])
+        ends, op = [[1], [2] * 60], "preserve"
+    else:
+        ends, op = [[7] * 30 + [1], [7] * 30 + [2] * 60], "wipe"
+        ours.generate([ends[0]], GREEDY)
+    capacity = ours.arena.capacity
+    arena_of, num_left = KVCache._arena, 3
+
+    def fails(self, num_slots):
+        nonlocal num_left
+        num_left -= 1
+        if num_left < 0:
+            raise torch.OutOfMemoryError("no more")
+        return arena_of(self, num_slots)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KVCache, "_arena", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            ours.generate([ends[1]], GREEDY, shared_cache_op=op)
+    assert ours.arena.capacity == (capacity if in_use else 0)
+    assert ours.arena.num_used == (30 if in_use else 0)
+    for end, tokens in zip(ends, expected, strict=True):
+        assert ours.generate([end], GREEDY, shared_cache_op=op)[0][0].token_ids == tokens

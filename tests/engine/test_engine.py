@@ -8,6 +8,8 @@ from models import assert_close, hf_model, our_engine, passes, reference
 from ranks import World
 from strategies import SETTINGS, prompt_sets
 
+from engine.attention import METHODS as REGISTRY
+from engine.attention.hydragen import Hydragen
 from engine.engine import Engine, Levels
 from engine.errors import InputError
 from engine.prefix_tree import build_from_prompts
@@ -441,3 +443,64 @@ def test_every_prompt_set_leaves_the_arena_empty_and_shares_what_the_tree_shares
         assert engine.arena.num_used == 0
 
     check_any()
+
+
+def test_only_roots_are_shared_between_samples_too(engine, monkeypatch):
+    seen = []
+    run = engine._run
+    monkeypatch.setattr(engine, "_run", lambda tree, *rest: seen.append(tree) or run(tree, *rest))
+    prompts, params = [ROOT + [1, 2], ROOT + [3, 4]], SamplingParams(n=3, max_tokens=3)
+    expected = engine.generate(prompts, params)
+    assert tokens(engine.generate(prompts, params, disable_hierarchy=True)) == tokens(expected)
+    assert [len(node.tokens) for node in seen[0].nodes] == [len(ROOT), 2, 2]
+    assert [len(node.tokens) for node in seen[1].nodes] == [len(ROOT)]
+
+
+class OwnTokensOnly(Hydragen):
+    """The example of docs/adding-an-attention-method.md."""
+
+    name = "own_tokens_only"
+
+    def shared_segments(self, tree, placement, runs):
+        return []
+
+
+def test_kept_levels_are_computed_by_the_method_that_was_asked_for(engine, monkeypatch):
+    monkeypatch.setitem(REGISTRY, "own_tokens_only", OwnTokensOnly())
+    whole = engine.generate([ROOT + LEFT], GREEDY, return_logits=True)
+    logits = {}
+    for method in ("hydragen", "hydragen_noshared", "own_tokens_only"):
+        engine.append_shared([ROOT])
+        logits[method] = engine.append_shared([LEFT], attention=method)[0]
+        engine.empty_shared()
+    exact = whole[0][0].logits[0]
+    torch.testing.assert_close(logits["hydragen"], exact)
+    torch.testing.assert_close(logits["hydragen_noshared"], exact)
+    assert (logits["own_tokens_only"] - exact).abs().max() > 0.01 * exact.abs().max()
+
+
+def test_prompts_name_the_kept_entry_that_they_continue(engine):
+    engine.append_shared([ROOT])
+    engine.append_shared([LEFT, RIGHT])
+    ends = [[1], [2], [3]]
+    results = engine.generate(ends, GREEDY, shared_cache_op="preserve", parents=[1, 0, 1])
+    whole = [ROOT + above + end for above, end in zip((RIGHT, LEFT, RIGHT), ends, strict=True)]
+    assert tokens(results) == tokens(engine.generate(whole, GREEDY))
+    with pytest.raises(InputError, match="no kept levels to continue"):
+        engine.generate(ends, GREEDY, parents=[0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    "prompts, options, message",
+    [
+        (Levels([[[1]], [[2]]]), dict(min_shared=2), "min_shared 2 was given, but levels"),
+        ([[1]], dict(min_shared=2, shared_cache_op="preserve"), "min_shared 2 was given, but levels"),
+        ([[1]], dict(params=SamplingParams(stop_token_ids=(10**6,))), "stop_token_ids holds token id 1000000"),
+        ([[10**6]], {}, "holds token id 1000000"),
+    ],
+)
+def test_a_call_that_is_refused_drops_nothing(engine, prompts, options, message):
+    engine.append_shared([ROOT])
+    with pytest.raises(InputError, match=message):
+        engine.generate(prompts, options.pop("params", GREEDY), **options)
+    assert engine.num_shared_levels == 1

@@ -128,6 +128,31 @@ def test_growing_keeps_what_there_is(config):
             assert torch.equal(arena[:4], was) and not arena[4:].any() and was.any()
 
 
+def test_growing_that_failed_midway_can_be_tried_again(config, monkeypatch):
+    cache = filled(config, 4)
+    before = contents(cache, config)
+    arena_of, num_left = KVCache._arena, 3
+
+    def fails(self, num_slots):
+        nonlocal num_left
+        num_left -= 1
+        if num_left < 0:
+            raise MemoryError
+        return arena_of(self, num_slots)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KVCache, "_arena", fails)
+        with pytest.raises(MemoryError):
+            cache.grow(9)
+    assert cache.num_slots == 4
+    for keys, values in contents(cache, config):
+        assert keys.shape == values.shape, "attention reads both by the same strides"
+    cache.grow(6)
+    for layer, old in zip(contents(cache, config), before, strict=True):
+        for arena, was in zip(layer, old, strict=True):
+            assert arena.shape[0] == 6 and torch.equal(arena[:4], was) and not arena[4:].any()
+
+
 def test_copies_and_clears_touch_their_range_only(config):
     cache = filled(config, 12)
     before = contents(cache, config)

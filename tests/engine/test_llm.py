@@ -76,7 +76,7 @@ class TestPrompts:
         whole = ["Never they ran", "Once I ", "Once you sat"]
         outputs = llm.generate(levels, GREEDY)
         assert [output.prompt for output in outputs] == whole
-        assert [llm.tokenizer.decode(output.prompt_token_ids) for output in outputs] == ["ran", "", "sat"]
+        assert [llm.tokenizer.decode(output.prompt_token_ids) for output in outputs] == whole
         assert token_ids(outputs) == token_ids(llm.generate(whole, GREEDY))
 
     def test_levels_of_token_ids_have_no_text(self, llm):

@@ -164,7 +164,7 @@ def test_of_vllm(line, mode, tmp_path, monkeypatch):
     arguments = [*replace(line, mode=mode).arguments(tmp_path), "--tp", 8]
     monkeypatch.setattr(modes, "find_spec", lambda library: None)
     for extra in ([], ["--dry-run"]):
-        assert_mistake(synth(*arguments, *extra), f"mode {mode} needs vllm, which is not installed; run: pip install")
+        assert_mistake(synth(*arguments, *extra), f"mode {mode} needs vllm, which is not installed; run in the repository's root: pip install -e")
     monkeypatch.setattr(modes, "find_spec", lambda library: library)
     done = synth(*arguments, "--load-format", "dummy", "--dry-run")
     assert planned(done.stdout) == line.cells()

@@ -82,6 +82,15 @@ def test_a_growing_cache_is_copied_tensor_by_tensor():
     assert predicted.total == predicted.weights + predicted.cache + predicted.activations
 
 
+def test_activations_are_those_that_the_engine_leaves_room_for():
+    """By hand, for a chunk: 12 heads of 64, hidden 768, in bfloat16, with float32 states, cos and sin."""
+    config = find_preset("llama-125m")
+    predicted = footprint(config, 1, Cell("hydragen", 1, 1000, 1))
+    layer = (768 + 768) * 2 + 2 * 64 * 4
+    mlp = 768 * 2 + (2 * 768 + 3 * config.intermediate_size) * 2
+    assert predicted.activations == 1000 * (layer + max(3 * (768 + 12) * 4, mlp))
+
+
 def test_weights_of_a_large_model_are_divided():
     config = find_preset("codellama/CodeLlama-34b-hf")
     whole, part = (footprint(config, size, Cell("hydragen", 32, 1024, 128)) for size in (1, 8))

@@ -43,7 +43,7 @@ def chosen(monkeypatch):
 
 @pytest.mark.parametrize("name", ["hf", "hydragen_noshared"])
 def test_every_mode_generates_the_same(chosen, name):
-    ours, theirs = (make_mode(mode, TINY, TPGroup(), None) for mode in ("hydragen", name))
+    ours, theirs = (make_mode(mode, TINY, TPGroup(), None, 3) for mode in ("hydragen", name))
     # Twice with other sizes: what a cell leaves behind does not show in the next.
     for cell in (Cell(name, 3, 40, 9), Cell(name, 2, 17, 4)):
         for mode, own in ((ours, "hydragen"), (theirs, name)):
@@ -60,7 +60,7 @@ def test_every_mode_generates_the_same(chosen, name):
 
 def test_hf_reads_a_checkpoint_quietly(chosen, tmp_path, capfd):
     options = ModelOptions(str(save_tiny(tmp_path)))
-    mode = make_mode("hf", options, TPGroup(), None)
+    mode = make_mode("hf", options, TPGroup(), None, 3)
     assert mode.model.config._attn_implementation == "sdpa"
     mode.set_up(Cell("hf", 2, 40, 5))
     mode.prefill(PROMPT)
@@ -71,13 +71,13 @@ def test_hf_reads_a_checkpoint_quietly(chosen, tmp_path, capfd):
 
 
 def test_hf_runs_in_the_dtype_that_was_asked_for():
-    mode = make_mode("hf", replace(TINY, dtype="bfloat16"), TPGroup(), None)
+    mode = make_mode("hf", replace(TINY, dtype="bfloat16"), TPGroup(), None, 3)
     assert {parameter.dtype for parameter in mode.model.parameters()} == {torch.bfloat16}
     assert replace(TINY, dtype="bfloat16").config().dtype == torch.bfloat16
 
 
 def test_hf_gives_the_cache_back():
-    mode = make_mode("hf", TINY, TPGroup(), None)
+    mode = make_mode("hf", TINY, TPGroup(), None, 3)
     mode.set_up(Cell("hf", 2, 40, 5))
     mode.prefill(PROMPT)
     assert mode._cache.get_seq_length() == 40 and mode._cache.layers[0].keys.shape[0] == 2
@@ -86,7 +86,7 @@ def test_hf_gives_the_cache_back():
 
 
 def test_an_engine_mode_gives_the_cache_back():
-    mode = make_mode("hydragen", TINY, TPGroup(), None)
+    mode = make_mode("hydragen", TINY, TPGroup(), None, 3)
     mode.set_up(Cell("hydragen", 2, 40, 5))
     mode.prefill(PROMPT)
     assert mode.engine.arena.capacity == 48
@@ -114,7 +114,7 @@ class TestCheck:
     @pytest.mark.parametrize(("name", "library"), modes.EXTERNAL_MODES.items())
     def test_what_is_not_installed_is_named(self, monkeypatch, name, library):
         monkeypatch.setattr(modes, "find_spec", lambda module: None)
-        message = rf"mode {name} needs {library}, which is not installed; run: pip install tributary\[{library}\]"
+        message = rf'mode {name} needs {library}, which is not installed; .*root: pip install -e "\.\[{library}\]"$'
         with pytest.raises(InputError, match=message):
             check_mode(name, TINY, 1, None)
 
@@ -159,9 +159,10 @@ class TestVLLM:
     def test_is_run_with_its_prefix_cache(self, calls, tmp_path, name):
         options = ModelOptions(str(save_tiny(tmp_path)), dtype="bfloat16", seed=3)
         check_mode(name, options, 1, 8)
-        mode = make_mode(name, options, TPGroup(), 8)
+        mode = make_mode(name, options, TPGroup(), 8, 600)
         (_, (folder,), given) = calls.pop()
         assert folder == str(tmp_path)
+        assert given["max_num_seqs"] == 600  # not in turns
         assert given["tensor_parallel_size"] == 8 and given["enable_prefix_caching"] is True
         assert (given["dtype"], given["load_format"], given["seed"]) == ("bfloat16", "auto", 3)
         mode.set_up(Cell(name, 16, 40, 5))

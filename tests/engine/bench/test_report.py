@@ -1,6 +1,7 @@
 import csv
 import io
 import sys
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -74,6 +75,27 @@ def test_hf_runs_in_one_process_and_is_compared_all_the_same():
     assert rows[0].vs_hf == pytest.approx(20)
 
 
+CPU = {"device": "cpu", "num_threads": 1}
+
+
+@pytest.mark.parametrize(
+    ("env", "ratio"),
+    [
+        ({"num_threads": 2}, 20),  # as many as both ranks together
+        ({"num_threads": 1}, None),
+        ({"num_threads": 8}, None),
+        ({"num_threads": 8, "device": "cuda"}, 20),  # threads decide nothing there
+    ],
+)
+def test_hf_is_compared_with_as_many_threads_only(env, ratio):
+    ours = CPU | {"world_size": 2, "device": env.get("device", "cpu")}
+    rows = build_rows([result("hydragen", 1000, env=ours), result("hf", 50, env=CPU | {"world_size": 1} | env)])
+    assert rows[0].vs_hf == (None if ratio is None else pytest.approx(ratio))
+    assert rows[1].vs_hf == 1
+    note = f"no ratio to hf where it ran with {env['num_threads']} threads and the mode with 2 in all"
+    assert (note in table(rows)) == (ratio is None)
+
+
 def test_a_baseline_that_did_not_run_gives_no_ratio():
     rows = build_rows([result("hydragen"), result("hf", status=Status.DOES_NOT_FIT)])
     assert [row.vs_hf for row in rows] == [None, None]
@@ -114,6 +136,16 @@ def test_table_shows_no_column_without_values():
     assert "ranks tokens/s" in table(both)
 
 
+def test_a_single_time_has_no_spread(tmp_path):
+    once = replace(result("hydragen"), decode_ms=(420.0,))
+    rows = build_rows([once, result("hydragen", batch_size=8)])
+    spreads = {line.split()[1]: line.split()[-1] for line in table(rows).splitlines() if " hydragen " in line}
+    assert spreads == {"32": "-", "8": "0.0%"}
+    write_csv(rows, tmp_path / "report.csv")
+    with (tmp_path / "report.csv").open(newline="") as file:
+        assert {row["batch_size"]: row["spread"] for row in csv.DictReader(file)} == {"32": "", "8": "0.0"}
+
+
 def test_table_fits_a_narrow_terminal():
     rows = build_rows([result("hydragen_noshared", 50, prefill_ms=(1200.0,), roofline_ms=16.0), result("noattention")])
     assert max(len(line) for line in table(rows, width=80).splitlines()[1:]) <= 80
@@ -151,5 +183,5 @@ def test_csv_holds_every_cell(tmp_path):
 
 def test_plot_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(InputError, match=r"pip install tributary\[plots\]"):
+    with pytest.raises(InputError, match=r'root: pip install -e "\.\[plots\]"$'):
         plot(build_rows([result("hydragen")]), tmp_path / "report.png")

@@ -1,7 +1,10 @@
 import pytest
 import torch
 
-from engine.bench.roofline import METHODS, Ceilings, Cost, decode_step_cost, measure_ceilings, predict_ms
+from engine.attention import METHODS
+from engine.attention.hydragen import Hydragen
+from engine.bench.roofline import Ceilings, Cost, decode_step_cost, measure_ceilings, predict_ms
+from engine.errors import InputError
 from engine.sharding import local_kv_heads
 
 LLAMA_125M = {
@@ -68,8 +71,25 @@ def test_a_rank_has_its_share(method, world_size):
         assert part.attention_flops * world_size == whole.attention_flops
 
 
+class OwnTokensOnly(Hydragen):
+    name = "own_tokens_only"
+
+    def shared_segments(self, tree, placement, runs):
+        return []
+
+
+def test_a_method_of_ones_own_costs_what_it_plans(monkeypatch):
+    monkeypatch.setitem(METHODS, "own_tokens_only", OwnTokensOnly())
+    assert cost("own_tokens_only") == cost("hydragen", shared_len=0)
+
+
+def test_a_fraction_of_a_key_counts_as_one():
+    low, between, high = (cost("hydragen", unique_len=length).bytes for length in (8, 8.5, 9))
+    assert low < between < high and between - low == high - between
+
+
 def test_unknown_method():
-    with pytest.raises(ValueError, match="hf.*known: hydragen"):
+    with pytest.raises(InputError, match="hf.*accepted: hydragen"):
         cost("hf")
 
 

@@ -10,6 +10,8 @@ from ranks import World, run_ranks
 from rich.console import Console
 
 import engine.arena
+from engine.attention import METHODS
+from engine.attention.hydragen import Hydragen
 from engine.bench import synth
 from engine.bench.memory_model import footprint
 from engine.bench.modes import ModelOptions
@@ -91,7 +93,7 @@ def fake(monkeypatch):
     made = []
 
     def use(**options):
-        def make(name, model, group, tp):
+        def make(name, model, group, tp, max_batch_size):
             made.append(FakeMode(group, **options))
             return made[-1]
 
@@ -132,6 +134,22 @@ class TestResults:
             if result.decode_step_ms is not None:
                 assert (result.roofline_ms is None) == (mode == "hf")
             assert f"batch {cell.batch_size}, shared {cell.num_shared}, unique 4: " in printed
+
+    def test_a_method_that_was_added_runs_like_the_others(self, sweep, monkeypatch):
+        class OwnTokensOnly(Hydragen):  # the example of docs/adding-an-attention-method.md
+            name = "own_tokens_only"
+
+            def shared_segments(self, tree, placement, runs):
+                return []
+
+        monkeypatch.setitem(METHODS, "own_tokens_only", OwnTokensOnly())
+        # A clock by which the decode steps take a known time: on a tiny model it can be lost in noise.
+        monkeypatch.setattr(synth.CellResult, "decode_step_ms", 1.0)
+        mine = sweep("own_tokens_only", batch_sizes=(2,))
+        run(mine)
+        for result in results(mine).values():
+            assert result.status == Status.OK
+            assert result.roofline_ms > 0 and result.achieved_gbs > 0 and result.achieved_tflops > 0
 
     def test_the_prefill_need_not_be_timed(self, sweep, fake):
         modes = fake()
@@ -217,6 +235,44 @@ class TestResumption:
             with pytest.raises(InputError, match=message):
                 attempt()
         assert len(modes) == 1, "the model was loaded first"
+
+
+    @pytest.mark.parametrize("mode", ["hydragen", "noattention"])
+    def test_results_of_another_number_of_ranks_are_refused(self, sweep, fake, mode):
+        modes = fake()
+        run(sweep())
+        message = (
+            rf"^{sweep().outdir} holds results of hydragen on 1 rank\(s\) \(cpu\); "
+            rf"this sweep is of {mode} on 2 rank\(s\) \(cpu\); use another OUTDIR$"
+        )
+
+        def refused(group):
+            with pytest.raises(InputError, match=message):
+                run(sweep(mode), group)
+
+        run_ranks(2, refused)
+        with pytest.raises(InputError, match=message):
+            plan(sweep(mode), num_ranks=2)
+        assert len(modes) == 1, "the model was loaded first"
+
+    def test_so_are_those_of_another_device(self, sweep, fake, monkeypatch):
+        fake()
+        run(sweep())
+        group = TPGroup()
+        monkeypatch.setattr(group, "device", torch.device("cuda"))
+        with pytest.raises(InputError, match=r"on 1 rank\(s\) \(cpu\); this sweep .* on 1 rank\(s\) \(cuda\); use"):
+            run(sweep(), group)
+
+    def test_other_systems_have_processes_of_their_own(self, sweep, fake):
+        fake()
+        run_ranks(2, lambda group: run(sweep(), group))
+        run(sweep("hf"))
+        run(sweep("vllm", tp=8))
+        run(sweep("vllm_notok", tp=4))
+        with pytest.raises(InputError, match=r"of vllm on 8 rank\(s\) \(cpu\); this sweep is of vllm on 4 rank"):
+            run(sweep("vllm", tp=4))
+        with pytest.raises(InputError, match=r"of vllm on 8 rank\(s\) \(cpu\); this sweep is of vllm on 4 rank"):
+            plan(sweep("vllm", tp=4), num_ranks=4)
 
 
 class TestRoom:

@@ -1,0 +1,52 @@
+"""Bytes that forward passes take beside weights and KV cache, from the model's shapes alone.
+
+Shapes: T tokens of a forward pass, C of them at once in projections and MLP, B sequences.
+"""
+
+from collections.abc import Container
+
+import torch
+
+from engine.config import ModelConfig
+from engine.model import PREFILL_CHUNK
+from engine.prefix_tree import PrefixTree, levels
+
+_FLOAT32 = 4
+# A merge holds two states and makes a third.
+_STATES = 3
+
+
+def activation_bytes(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    world_size: int,
+    num_tokens: int,
+    num_sequences: int,
+    chunk: int = PREFILL_CHUNK,
+) -> int:
+    """The most that one of ``world_size`` ranks takes: in a prefill of ``num_tokens``, or in a decode step.
+
+    ``num_tokens`` are those of the largest forward pass; a decode step has a token of each of ``num_sequences``, and
+    its logits.
+    """
+    # The logits of the step before are there while the next runs; choosing from them takes a float32 copy.
+    logits = num_sequences * -(-config.vocab_size // world_size) * (dtype.itemsize + _FLOAT32)
+    prefill = _forward_bytes(config, dtype, world_size, num_tokens, chunk)
+    return max(prefill, _forward_bytes(config, dtype, world_size, num_sequences, chunk) + logits)
+
+
+def _forward_bytes(config: ModelConfig, dtype: torch.dtype, world_size: int, T: int, chunk: int) -> int:
+    C = min(T, chunk)
+    num_heads, mlp_size = config.num_heads // world_size, config.intermediate_size // world_size
+    q_size = num_heads * config.head_dim
+    # All tokens' residual stream, cos and sin, and one layer's queries stay throughout the layer.
+    lasting = T * ((config.hidden_size + q_size) * dtype.itemsize + 2 * config.head_dim * _FLOAT32)
+    attention = _STATES * T * (q_size + num_heads) * _FLOAT32  # out and lse
+    mlp = (T * q_size + C * (2 * config.hidden_size + 3 * mlp_size)) * dtype.itemsize
+    return lasting + max(attention, mlp)
+
+
+def largest_prefill(tree: PrefixTree, resident: Container[int]) -> int:
+    """Tokens of the largest forward pass of a prefill: the new nodes of one depth, or all suffixes."""
+    passes = [sum(len(tree.nodes[i].tokens) for i in level if i not in resident) for level in levels(tree)]
+    return max([*passes, sum(len(suffix) for suffix in tree.suffixes)])
