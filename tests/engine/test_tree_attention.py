@@ -112,7 +112,7 @@ def test_any_levels(checker, strategy):
     def check(laid_out):
         levels, parents = laid_out
         tree = build_from_levels(levels, parents=parents)
-        checker.check(Levels(levels, parents), flatten(tree), tree, (1, 2))
+        checker.check(Levels(levels, parents), flatten(tree), tree, WORLD_SIZES)
 
     check()
 
