@@ -36,7 +36,7 @@ class TPGroup:
         if self.size == 1:
             return tensor.unsqueeze(0)
         gathered = tensor.new_empty(self.size, *tensor.shape)
-        dist.all_gather_into_tensor(gathered.view(-1), tensor.contiguous().view(-1))
+        dist.all_gather(list(gathered), tensor.contiguous())
         return gathered
 
     def broadcast(self, value):

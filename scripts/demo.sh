@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?usage: scripts/demo.sh OUTDIR}
 bin=.venv/bin
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # torchrun's own choice, made here so that it need not warn of it
 ranks=2
 
 # On a GPU the flash kernels want bfloat16; a CPU may have no instructions for it, so there float32.
