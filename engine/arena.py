@@ -133,9 +133,11 @@ class Arena:
     def _memory_limit(self) -> int:
         """Bytes that the cache and the activations may take together: the same number on every rank."""
         if self._limit is None:
-            mine = int(available_bytes(self._group) * _FRACTION)
             held = 0 if self.cache is None else self.capacity * self.bytes_per_token
-            self._limit = min(self._group.gather_objects(mine)) + held
+            free = min(self._group.gather_objects(available_bytes(self._group)))
+            # What the arena holds already counts towards the fraction, or the reserve would shrink from call to call.
+            # A cache that was set up ahead is not given back, so only what is left beside it is divided.
+            self._limit = int(free * _FRACTION) + held if self._fixed else int((free + held) * _FRACTION)
         return self._limit
 
     def _resize(self, num_slots: int) -> None:

@@ -195,6 +195,8 @@ class Engine:
             raise InputError(f"shared_cache_op {shared_cache_op!r} is not known; accepted: {accepted}")
         if shared_cache_op != "wipe":
             self._shared.check(method)
+        if shared_cache_op == "extend" and min_shared is not None:  # before anything is computed
+            raise InputError(f"min_shared {min_shared} was given, but levels are shared as laid out; leave it out")
         num_kept = self.num_shared_levels
         try:
             if shared_cache_op == "extend":

@@ -148,7 +148,7 @@ class LLM:
             raise InputError("a prompt is empty text; accepted: text or token ids; fill it, or give it [bos_token_id]")
         top = shared_cache_op == "wipe" or self.engine.num_shared_levels == 0
         encoded = [self._encode(level, special=top and number == 0) for number, level in enumerate(levels)]
-        if min_shared is None and top and not laid_out:
+        if min_shared is None and top and not laid_out and shared_cache_op != "extend":
             min_shared = MIN_SHARED_TOKENS
         generated = self.engine.generate(
             Levels(encoded, prompts.parents) if laid_out else encoded[0],

@@ -189,7 +189,10 @@ class _Runner:
             if failure is not None:
                 status, message = failure
                 return replace(result, status=status, message=message)
-            result = replace(result, **self._time(cell))
+            try:
+                result = replace(result, **self._time(cell))
+            except InputError as error:  # the arena's own, finer count; its limit is agreed on, so all ranks are here
+                return replace(result, status=Status.DOES_NOT_FIT, message=str(error))
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 return self._ran_out(result, error)

@@ -495,6 +495,7 @@ def test_prompts_name_the_kept_entry_that_they_continue(engine):
     [
         (Levels([[[1]], [[2]]]), dict(min_shared=2), "min_shared 2 was given, but levels"),
         ([[1]], dict(min_shared=2, shared_cache_op="preserve"), "min_shared 2 was given, but levels"),
+        ([[1]], dict(min_shared=2, shared_cache_op="extend"), "min_shared 2 was given, but levels"),
         ([[1]], dict(params=SamplingParams(stop_token_ids=(10**6,))), "stop_token_ids holds token id 1000000"),
         ([[10**6]], {}, "holds token id 1000000"),
     ],

@@ -334,3 +334,13 @@ def test_importing_it_loads_no_heavy_library():
     program = f"import sys, engine, engine.llm; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_a_first_call_may_extend(llm):
+    """With nothing kept yet the prompts become the first level, and are answered from their ends."""
+    try:
+        extended = llm.generate(TEXTS, GREEDY, shared_cache_op="extend")
+        assert llm.engine.num_shared_levels == 1
+    finally:
+        llm.engine.empty_shared()
+    assert token_ids(extended) == token_ids(llm.generate(TEXTS, GREEDY))
