@@ -8,7 +8,7 @@ from collections.abc import Container
 import torch
 
 from engine.config import ModelConfig
-from engine.model import PREFILL_CHUNK
+from engine.model import PREFILL_CHUNK, Transformer
 from engine.prefix_tree import PrefixTree, levels
 
 _FLOAT32 = 4
@@ -46,7 +46,16 @@ def _forward_bytes(config: ModelConfig, dtype: torch.dtype, world_size: int, T: 
     return lasting + max(attention, mlp)
 
 
-def largest_prefill(tree: PrefixTree, resident: Container[int]) -> int:
+def tree_activation_bytes(model: Transformer, tree: PrefixTree, resident: Container[int]) -> int:
+    """The most that one rank takes to generate below ``tree``, of which the nodes ``resident`` need no prefill."""
+    dtype = model.embedding.weight.dtype
+    num_tokens = _largest_prefill(tree, resident)
+    return activation_bytes(
+        model.config, dtype, model.group.size, num_tokens, tree.num_sequences, model.prefill_chunk
+    )
+
+
+def _largest_prefill(tree: PrefixTree, resident: Container[int]) -> int:
     """Tokens of the largest forward pass of a prefill: the new nodes of one depth, or all suffixes."""
     passes = [sum(len(tree.nodes[i].tokens) for i in level if i not in resident) for level in levels(tree)]
     return max([*passes, sum(len(suffix) for suffix in tree.suffixes)])

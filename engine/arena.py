@@ -1,6 +1,6 @@
 """Room in the KV arena: how large it is, what is free, and what the memory allows."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from engine.errors import InputError
 from engine.kv_cache import KVCache, SlotAllocator
@@ -10,6 +10,11 @@ from engine.model import Transformer
 # What the KV cache and the activations may take of the free memory; the rest is for what nobody counts: fragments, the
 # tables of a forward pass, the copies that sampling makes.
 _FRACTION = 0.9
+
+
+def usable(free_bytes: int) -> int:
+    """Bytes of free memory that the KV cache and the activations may take."""
+    return int(free_bytes * _FRACTION)
 
 
 class Arena:
@@ -24,6 +29,7 @@ class Arena:
         self.cache: KVCache | None = None
         self._slots = SlotAllocator(0)
         self._limit: int | None = None  # bytes for the cache and the activations; found when it is first needed
+        self._limit_is_fresh = False  # whether it was found in the call that runs
         self._fixed = False
 
     @property
@@ -46,8 +52,11 @@ class Arena:
         return self.capacity if self._fixed else self._memory_limit() // self.bytes_per_token
 
     def begin_call(self) -> None:
-        """The memory limit holds for one call of the engine: other programs, and other tensors, come and go."""
-        self._limit = None
+        """A call of the engine begins. Other programs and tensors come and go, so free memory is looked up anew; beside
+        a cache that was set up ahead only before something is refused, for it takes all ranks and some time."""
+        self._limit_is_fresh = False
+        if not self._fixed:
+            self._limit = None
 
     def set_up(self, num_tokens: int) -> None:
         """Takes room for ``num_tokens`` tokens, which then neither grows nor shrinks. Nothing may be in use.
@@ -74,11 +83,11 @@ class Arena:
     def fits(self, ranges: Sequence[int], activation_bytes: int = 0) -> bool:
         """Whether contiguous ranges of these lengths can be had, beside activations, in an arena of another size if
         need be."""
-        return self._size_for(ranges, activation_bytes) is not None
+        return self._find_size(ranges, activation_bytes) is not None
 
     def allocate(self, ranges: Sequence[int], what: str, activation_bytes: int = 0) -> list[int]:
         """Starts of the ranges. Raises InputError, stating what ``what`` needed, when there is no room."""
-        size = self._size_for(ranges, activation_bytes)
+        size = self._find_size(ranges, activation_bytes)
         if size is None:
             raise InputError(self._refusal(ranges, what, activation_bytes))
         if size != self.capacity:
@@ -90,39 +99,56 @@ class Arena:
     def free(self, start: int, length: int) -> None:
         self._slots.free(start, length)
 
+    def free_all(self, ranges: Sequence[int], starts: Sequence[int], but: Container[int] = ()) -> None:
+        """Gives back what ``allocate`` gave, but for the ranges that begin at ``but``."""
+        for start, length in zip(starts, ranges, strict=True):
+            if length and start not in but:
+                self._slots.free(start, length)
+
     def clear(self, ranges: Sequence[int], starts: Sequence[int]) -> None:
         """Zeroes ranges that a failed computation may have left NaN in: masked reads need every slot to be finite."""
         if self.cache is not None:
             for start, length in zip(starts, ranges, strict=True):
                 self.cache.clear(start, length)
 
-    def _size_for(self, ranges: Sequence[int], activation_bytes: int) -> int | None:
+    def _find_size(self, ranges: Sequence[int], activation_bytes: int) -> int | None:
         """Slots of the arena, now or resized, that holds the ranges and leaves room for activations; None: no room."""
-        most = (self._memory_limit() - activation_bytes) // self.bytes_per_token
-        trial = self._slots.copy()
-        if trial.allocate_all(ranges) is not None and self.capacity <= most:
+        size = self._size_within(self._memory_limit(), ranges, activation_bytes)
+        if size is None and not self._limit_is_fresh:
+            self._limit = None
+            size = self._size_within(self._memory_limit(), ranges, activation_bytes)
+        return size
+
+    def _size_within(self, limit: int, ranges: Sequence[int], activation_bytes: int) -> int | None:
+        most = (limit - activation_bytes) // self.bytes_per_token
+        if self.capacity <= most and self._slots.copy().allocate_all(ranges) is not None:
             return self.capacity
         if self._fixed:
             return None
-        if self.num_used == 0:  # nothing has to keep its place
-            return sum(ranges) if sum(ranges) <= most else None
-        size = min(most, self.capacity + sum(ranges))
-        if size < self.capacity:
-            return None
-        trial.grow(size)
-        return size if trial.allocate_all(ranges) is not None else None
+        size = self._least_size(ranges)
+        return size if size <= most else None
+
+    def _least_size(self, ranges: Sequence[int]) -> int:
+        """Slots of the smallest arena in which the ranges find room, and what is in use keeps its place."""
+        trial = self._slots.copy() if self.num_used else SlotAllocator(0)
+        trial.resize(trial.capacity + sum(ranges))
+        assert trial.allocate_all(ranges) is not None, "they fit one after another at the end"
+        return trial.end_of_used
 
     def _refusal(self, ranges: Sequence[int], what: str, activation_bytes: int) -> str:
         held = f" ({self.num_used} more are held by kept levels)" if self.num_used else ""
         remedy = "use a shorter prompt, fewer new tokens or more ranks"
-        if self._size_for(ranges, 0) is None:
+        limit = self._memory_limit()
+        if self._size_within(limit, ranges, 0) is None:
+            room = self.max_tokens - self.num_used
+            pieces = ", but not in one piece" if sum(ranges) <= room else ""
             return (
                 f"{what} needs room for {sum(ranges)} tokens in the KV cache; there is room for "
-                f"{self.max_tokens - self.num_used}{held}; {'set up a larger cache' if self._fixed else remedy}"
+                f"{room}{held}{pieces}; {'set up a larger cache' if self._fixed else remedy}"
             )
-        taken = self.capacity if self._fixed else self.num_used
+        taken = self.capacity if self._fixed else self._slots.end_of_used
         cache = f"room for {sum(ranges)} tokens in the KV cache{held} and " if not self._fixed else ""
-        left = max(self._memory_limit() - taken * self.bytes_per_token, 0)
+        left = max(limit - taken * self.bytes_per_token, 0)
         if self._fixed:
             remedy = "set up a smaller cache, or use a shorter prompt or more ranks"
         return (
@@ -137,17 +163,20 @@ class Arena:
             free = min(self._group.gather_objects(available_bytes(self._group)))
             # What the arena holds already counts towards the fraction, or the reserve would shrink from call to call.
             # A cache that was set up ahead is not given back, so only what is left beside it is divided.
-            self._limit = int(free * _FRACTION) + held if self._fixed else int((free + held) * _FRACTION)
+            self._limit = usable(free) + held if self._fixed else usable(free + held)
+            self._limit_is_fresh = True
         return self._limit
 
     def _resize(self, num_slots: int) -> None:
-        """An arena of another size; what is in use keeps its place, and an arena in use only grows.
+        """An arena of another size; what is in use keeps its place.
 
         When memory fails, what was in use is as it was, and an arena that was not in use is empty.
         """
         if self.num_used:
-            self.cache.grow(num_slots)
-            self._slots.grow(num_slots)
+            if num_slots < self.capacity:  # first: a failure may leave fewer slots than there were, in some layers
+                self._slots.resize(num_slots)
+            self.cache.resize(num_slots)
+            self._slots.resize(num_slots)
             return
         self.cache, self._slots = None, SlotAllocator(0)  # given back before the new one is taken
         self.cache = KVCache(self._config, self._num_kv_heads, num_slots, self._dtype, self._device)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from engine.activations import activation_bytes, largest_prefill
+from engine.activations import tree_activation_bytes
 from engine.arena import Arena
 from engine.attention import AttentionMethod, get_method
 from engine.decoding import Generated, Request, decode, full_logits
@@ -85,15 +85,7 @@ class _Wave:
         resident = {i: in_arena[whole] for i, whole in enumerate(whole_index) if whole in in_arena}
         rooms = rooms[slice(*stretch)]
         ranges = method.ranges(part, rooms, _slots(resident), uniform=uniform)
-        num_tokens = largest_prefill(part, resident)
-        needed = activation_bytes(
-            model.config,
-            model.embedding.weight.dtype,
-            model.group.size,
-            num_tokens,
-            part.num_sequences,
-            model.prefill_chunk,
-        )
+        needed = tree_activation_bytes(model, part, resident)
         return cls(part, whole_index, rooms, resident, uniform, ranges, needed)
 
 
@@ -134,8 +126,9 @@ class Engine:
     ) -> torch.Tensor:
         """Computes one more level below the kept ones, and keeps it.
 
-        Entry ``j`` continues entry ``parents[j]`` of the last level, or the level divides evenly into blocks. Returns
-        the logits after each entry's last token, ``(n, V)`` float32.
+        Entry ``j`` continues entry ``parents[j]`` of the last level, or the level divides evenly into blocks. An entry
+        that none continues stays, but can no longer be generated below. Returns the logits after each entry's last
+        token, ``(n, V)`` float32.
         """
         method = get_method(attention)
         self._shared.check(method)
@@ -179,7 +172,7 @@ class Engine:
                 were; ``extend`` continues them and keeps the prompts as further levels. Below kept levels, prompts
                 share what those hold and nothing else.
             parents: for each prompt (of ``Levels`` each of the first level) below kept levels, the entry of the last
-                one that it continues; without it they divide evenly into blocks.
+                one that it continues, not necessarily all of them; without it they divide evenly into blocks.
             disable_hierarchy: share the roots only.
             min_shared: a shared stretch of fewer tokens is not shared; for flat prompts, 1 if not given.
             starting_logits: (n, V); the first new token is chosen from these.
@@ -249,8 +242,8 @@ class Engine:
         laid_out = prompts if by_hand else Levels([prompts])
         if not below_kept:
             return build_from_levels(laid_out.levels, parents=laid_out.parents)
-        all_parents = [*self._shared.parents_of_next(len(laid_out.levels[0]), parents), *laid_out.all_parents()]
-        return build_from_levels([*self._shared.levels, *laid_out.levels], parents=all_parents)
+        above, all_parents = self._shared.above(len(laid_out.levels[0]), parents)
+        return build_from_levels([*above, *laid_out.levels], parents=[*all_parents, *laid_out.all_parents()])
 
     def _params(self, params: SamplingParams | Sequence[SamplingParams], num_prompts: int) -> list[SamplingParams]:
         if isinstance(params, SamplingParams):
@@ -382,7 +375,7 @@ class Engine:
                     raise
                 finally:
                     staying = {wave.whole_index[i]: n for i, n in new_nodes.items() if wave.whole_index[i] in reread}
-                    self._free(wave.ranges, starts, but={node.slot for node in staying.values()})
+                    self.arena.free_all(wave.ranges, starts, but={node.slot for node in staying.values()})
                 self._drop(passed_on, passed_on.keys() - reread)
                 passed_on |= staying
                 if last < tree.num_sequences and not fits(last, last + 1):
@@ -414,11 +407,6 @@ class Engine:
         for index in indices:
             node = nodes.pop(index)
             self.arena.free(node.slot, node.length)
-
-    def _free(self, ranges: Sequence[int], starts: Sequence[int], but: set[int]) -> None:
-        for start, length in zip(starts, ranges, strict=True):
-            if length and start not in but:
-                self.arena.free(start, length)
 
 
 def _slots(resident: Mapping[int, ResidentNode]) -> dict[int, int]:

@@ -99,9 +99,10 @@ class Executor:
         return self.model(step, plan, self.cache)
 
     def new_nodes(self) -> dict[int, ResidentNode]:
-        """The nodes that ``prefill`` computed, as they lie in the arena."""
+        """The nodes that ``prefill`` computed, as they lie in the arena, where they take nothing without a cache."""
+        starts = self.placement.node_starts
         return {
-            i: ResidentNode(int(self.placement.node_starts[i]), len(self.tree.nodes[i].tokens), hidden)
+            i: ResidentNode(int(starts[i]), len(self.tree.nodes[i].tokens) if self.cache else 0, hidden)
             for i, hidden in self.node_hidden.items()
             if i not in self.resident
         }

@@ -22,17 +22,30 @@ class SlotAllocator:
     def num_free(self) -> int:
         return sum(length for _, length in self._free)
 
+    @property
+    def end_of_used(self) -> int:
+        """One past the last slot that is taken."""
+        if self._free and sum(self._free[-1]) == self.capacity:
+            return self._free[-1][0]
+        return self.capacity
+
     def copy(self) -> "SlotAllocator":
         """An allocator in the same state, to try things on."""
         other = SlotAllocator(0)
         other.capacity, other._free = self.capacity, list(self._free)
         return other
 
-    def grow(self, capacity: int) -> None:
-        """Adds slots at the end."""
-        added, end = capacity - self.capacity, self.capacity
-        self.capacity = capacity
-        self.free(end, added)
+    def resize(self, capacity: int) -> None:
+        """Adds free slots at the end or takes some away."""
+        end = self.capacity
+        if capacity < end:
+            assert capacity >= self.end_of_used, "slots in use"
+            start, _ = self._free.pop()
+            self.capacity = capacity
+            self.free(start, capacity - start)
+        else:
+            self.capacity = capacity
+            self.free(end, capacity - end)
 
     def allocate_all(self, lengths: Sequence[int]) -> list[int] | None:
         """Starts of ranges of these lengths; or None, and nothing is taken, when they do not all fit."""
@@ -117,16 +130,18 @@ class KVCache:
             for arena in arenas:
                 arena[start : start + length] = 0
 
-    def grow(self, num_slots: int) -> None:
-        """Adds slots at the end; the others keep their contents. Layer by layer, so that only one is there twice.
+    def resize(self, num_slots: int) -> None:
+        """Adds slots at the end or takes some away; the others keep their contents. Layer by layer, so that only one
+        is there twice.
 
-        When memory fails midway, every layer holds at least the slots there were, and growing can be tried again.
+        When memory fails midway, every layer holds at least ``num_slots`` slots, and resizing can be tried again.
         """
-        kept = self.num_slots
-        for index, (keys, values) in enumerate(self._layers):
+        kept = self.num_slots = min(self.num_slots, num_slots)
+        for index in range(len(self._layers)):
             # Both or neither: attention reads them by the same strides. A failure may have left them longer.
-            larger = [self._arena(num_slots), self._arena(num_slots)]
-            for new, old in zip(larger, (keys, values), strict=True):
+            resized = [self._arena(num_slots), self._arena(num_slots)]
+            for new, old in zip(resized, self._layers[index], strict=True):
                 new[:kept] = old[:kept]
-            self._layers[index] = larger
+            del old  # or the next layer is made beside it
+            self._layers[index] = resized
         self.num_slots = num_slots

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from engine.activations import activation_bytes, largest_prefill
+from engine.activations import tree_activation_bytes
 from engine.arena import Arena
 from engine.attention import AttentionMethod, get_method
 from engine.errors import InputError
@@ -44,20 +44,45 @@ class SharedLevels:
         """The nodes of ``tree`` that are kept, by index."""
         return {i: self._nodes[key] for i, key in enumerate(_path_keys(tree)) if key in self._nodes}
 
-    def parents_of_next(self, num_prompts: int, parents: Sequence[int] | None) -> list[list[int]]:
-        """``parents`` of all levels when one of ``num_prompts`` follows. Raises InputError when it does not divide."""
+    def above(
+        self, num_prompts: int, parents: Sequence[int] | None
+    ) -> tuple[list[list[np.ndarray]], list[list[int]]]:
+        """The kept entries that ``num_prompts`` further ones continue, by level, and the parents of these and of the
+        further ones. Raises InputError when they do not divide evenly, or name an entry that is not there."""
         if not self.levels:
             if parents is not None:
                 raise InputError("parents were given for the first level, which continues nothing; leave them out")
-            return []
-        last = even_parents(len(self.levels[-1]), num_prompts) if parents is None else list(parents)
-        return [*self.parents, last]
+            return [], []
+        owners = self._owners(num_prompts, parents)
+        levels, all_parents = [], []
+        for level, above_level in zip(reversed(self.levels), [*reversed(self.parents), None], strict=True):
+            named = sorted(set(owners))
+            number = {entry: i for i, entry in enumerate(named)}
+            levels.append([level[entry] for entry in named])
+            all_parents.append([number[owner] for owner in owners])
+            owners = [] if above_level is None else [above_level[entry] for entry in named]
+        return levels[::-1], all_parents[::-1]
+
+    def _owners(self, num_prompts: int, parents: Sequence[int] | None) -> list[int]:
+        """The entry of the last level that each of ``num_prompts`` further ones continues."""
+        count = len(self.levels[-1])
+        if parents is None:
+            return even_parents(count, num_prompts)
+        if len(parents) != num_prompts:
+            raise InputError(f"parents: got {len(parents)} for {num_prompts} prompts; accepted: one each; match them")
+        for j, owner in enumerate(parents):
+            if owner not in range(count):
+                raise InputError(
+                    f"parents: got {owner} for prompt {j}; accepted: 0 to {count - 1}, the entries of the last kept "
+                    "level; correct it"
+                )
+        return list(parents)
 
     def tree_of_next(self, prompts: Sequence[Sequence[int]], parents: Sequence[int] | None) -> PrefixTree:
-        """The kept levels and one more below them, every entry of which ends in one empty suffix."""
-        all_parents = self.parents_of_next(len(prompts), parents)
+        """One more level and what is kept above it; every entry of it ends in one empty suffix."""
+        levels, all_parents = self.above(len(prompts), parents)
         ends = [()] * len(prompts)
-        return build_from_levels([*self.levels, prompts, ends], parents=[*all_parents, list(range(len(prompts)))])
+        return build_from_levels([*levels, prompts, ends], parents=[*all_parents, list(range(len(prompts)))])
 
     def append(
         self,
@@ -76,15 +101,7 @@ class SharedLevels:
         slots = {i: node.slot for i, node in resident.items()}
         rooms = np.zeros(tree.num_sequences, dtype=np.int64)
         ranges = layout.ranges(tree, rooms, slots)
-        model = self._model
-        needed = activation_bytes(
-            model.config,
-            model.embedding.weight.dtype,
-            model.group.size,
-            largest_prefill(tree, resident),
-            tree.num_sequences,
-            model.prefill_chunk,
-        )
+        needed = tree_activation_bytes(self._model, tree, resident)
         self._arena.begin_call()
         starts = self._arena.allocate(ranges, "the shared level", needed)
         try:
@@ -96,18 +113,14 @@ class SharedLevels:
                 raise RuntimeError("the shared level is not kept: its hidden states are not finite")
         except BaseException:
             self._arena.clear(ranges, starts)
-            for start, length in zip(starts, ranges, strict=True):
-                self._arena.free(start, length)
+            self._arena.free_all(ranges, starts)
             raise
-        for i, key in enumerate(_path_keys(tree)):
-            if i in resident:
-                continue
-            length = len(tree.nodes[i].tokens) if method.uses_cache else 0
-            if key in self._nodes:
-                self._arena.free(int(placement.node_starts[i]), length)
-            else:
-                self._nodes[key] = ResidentNode(int(placement.node_starts[i]), length, executor.node_hidden[i])
-        self.parents = self.parents_of_next(len(prompts), parents)
+        new_nodes = executor.new_nodes()
+        kept = {key: new_nodes[i] for i, key in enumerate(_path_keys(tree)) if i not in resident}  # one of each path
+        self._nodes |= kept
+        self._arena.free_all(ranges, starts, but={node.slot for node in kept.values()})
+        if self.levels:
+            self.parents.append(self._owners(len(prompts), parents))
         self.levels.append([np.asarray(entry, dtype=np.int64) for entry in prompts])
         self._methods.append(method)
         return hidden[torch.from_numpy(np.argsort(tree.order)).to(hidden.device)]
@@ -118,14 +131,19 @@ class SharedLevels:
             raise InputError(f"cannot keep {num_levels} shared levels; accepted: 0 to {len(self.levels)}, as there are")
         self.levels, self.parents = self.levels[:num_levels], self.parents[: max(num_levels - 1, 0)]
         del self._methods[num_levels:]
-        wanted: set[bytes] = set()
-        if self.levels:
-            last = self.levels[-1]
-            ends = [*self.levels, [()] * len(last)]
-            wanted = set(_path_keys(build_from_levels(ends, parents=[*self.parents, list(range(len(last)))])))
+        wanted = self._keys()
         for key in [key for key in self._nodes if key not in wanted]:
             node = self._nodes.pop(key)
             self._arena.free(node.slot, node.length)
+
+    def _keys(self) -> set[bytes]:
+        """Those of all entries of all levels."""
+        keys: set[bytes] = set()
+        above = [_NO_TOKENS]
+        for level, owners in zip(self.levels, [[0] * len(self.levels[0]), *self.parents] if self.levels else []):
+            above = [_key(above[owner], entry) for owner, entry in zip(owners, level, strict=True)]
+            keys.update(above)
+        return keys
 
 
 def even_parents(num_above: int, num_below: int) -> list[int]:
@@ -138,10 +156,17 @@ def even_parents(num_above: int, num_below: int) -> list[int]:
     return [j // (num_below // num_above) for j in range(num_below)]
 
 
+_NO_TOKENS = b""  # the key of the empty path
+
+
+def _key(above: bytes, tokens: np.ndarray) -> bytes:
+    """A digest of the runs of tokens from the root down; an empty run adds nothing."""
+    return hashlib.blake2b(above + tokens.tobytes(), digest_size=16).digest() if len(tokens) else above
+
+
 def _path_keys(tree: PrefixTree) -> list[bytes]:
-    """For each node a digest of the runs of tokens from the root down to it."""
+    """Each node's key."""
     keys: list[bytes] = []
     for node in tree.nodes:
-        above = keys[node.parent] if node.parent >= 0 else b""
-        keys.append(hashlib.blake2b(above + node.tokens.tobytes(), digest_size=16).digest())
+        keys.append(_key(keys[node.parent] if node.parent >= 0 else _NO_TOKENS, node.tokens))
     return keys

@@ -46,6 +46,7 @@ def needed(ours, prompts) -> int:
 
 
 def give(monkeypatch, num_bytes: int) -> None:
+    """Leaves that much free memory beside what the arena holds."""
     monkeypatch.setattr(engine.arena, "_FRACTION", 1)
     monkeypatch.setattr(engine.arena, "available_bytes", lambda group: num_bytes)
 
@@ -72,13 +73,53 @@ def test_a_wave_leaves_room_for_its_activations(monkeypatch):
 def test_beside_a_cache_set_up_ahead_only_activations_need_room(monkeypatch):
     ours = our_engine(hf_model())
     ours.setup_caches(366)
-    give(monkeypatch, needed(ours, PROMPTS) - 366 * ours.arena.bytes_per_token)
+    room = needed(ours, PROMPTS) - 366 * ours.arena.bytes_per_token
+    ours.arena._limit = 0  # of a call that found no memory
+    give(monkeypatch, room - 1)
+    assert num_waves(ours) == 2, "free memory is looked up anew before anything is refused"
+    give(monkeypatch, room)
     assert num_waves(ours) == 1
-    give(monkeypatch, needed(ours, PROMPTS) - 366 * ours.arena.bytes_per_token - 1)
-    assert num_waves(ours) == 2, "the limit is read anew for each call"
+    ours.arena._limit = 0
     give(monkeypatch, 100)
     with pytest.raises(InputError, match=r"^prompt 0 needs 0.00 GiB for activations .* set up a smaller cache"):
         ours.generate(PROMPTS, GREEDY)
+
+
+def test_free_memory_is_looked_up_once_a_call_and_beside_a_set_up_cache_only_to_refuse(monkeypatch):
+    ours, count = our_engine(hf_model()), 0
+
+    def counted(group):
+        nonlocal count
+        count += 1
+        return 2**30
+
+    monkeypatch.setattr(engine.arena, "available_bytes", counted)
+    for max_batch_size in (1, 3):  # in waves, and at once
+        ours.max_batch_size, count = max_batch_size, 0
+        ours.generate(PROMPTS, GREEDY)
+        assert count == 1
+    ours.setup_caches(400)
+    count = 0
+    ours.generate(PROMPTS, GREEDY)
+    assert count == 0
+    ours.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=20))  # in waves, for want of room
+    assert count == 1
+
+
+def test_what_an_earlier_call_left_above_kept_levels_makes_way(monkeypatch):
+    """The arena is cut to what is in use when activations need the memory, and grows by no more than is missing."""
+    ours = our_engine(hf_model())
+    ours.append_shared([[7] * 30])
+    size = ours.arena.bytes_per_token
+    ours.generate([[1], [2], [3]], SamplingParams(temperature=0, max_tokens=140), shared_cache_op="preserve")
+    assert ours.arena.capacity == 30 + 3 * 140
+    room = needed(ours, PROMPTS) + 30 * size
+    give(monkeypatch, room - ours.arena.capacity * size)
+    with passes(ours.model) as seen:
+        left = ours.generate(PROMPTS, GREEDY, shared_cache_op="preserve")
+    assert sum(p.is_prefill for p in seen) == 1 and ours.arena.capacity == 30 + 366
+    whole = ours.generate([[7] * 30 + prompt for prompt in PROMPTS], GREEDY)
+    assert [r.token_ids for r, in left] == [r.token_ids for r, in whole]
 
 
 def test_an_empty_arena_makes_way_for_activations(monkeypatch):

@@ -179,9 +179,11 @@ def test_noattention_levels_hold_nothing_that_others_could_read(engine):
     [
         (lambda e: e.append_shared([[1], [2], [3]]), "3 prompts do not divide evenly over the 2"),
         (lambda e: e.append_shared([]), "0 prompts do not divide evenly over the 2"),
-        (lambda e: e.append_shared([[1], [2]], parents=[0, 0]), "level 0, entry 1: got nothing below it"),
         (lambda e: e.append_shared([[1], [67]]), "holds token id 67"),
         (lambda e: e.append_shared([[1], [2] * 250]), "has 270 tokens"),
+        (lambda e: e.append_shared([[1]], parents=[2]), "parents: got 2 for prompt 0; accepted: 0 to 1"),
+        (lambda e: e.append_shared([[1]], parents=[-1]), "parents: got -1 for prompt 0; accepted: 0 to 1"),
+        (lambda e: e.append_shared([[1]], parents=[0, 1]), "parents: got 2 for 1 prompts; accepted: one each"),
         (lambda e: e.append_shared([[1], [2]], attention="none"), "attention method 'none' is not known"),
         (lambda e: e.truncate_shared(2), "cannot keep 2 shared levels; accepted: 0 to 1"),
         (lambda e: e.truncate_shared(-1), "cannot keep -1 shared levels"),
@@ -488,6 +490,24 @@ def test_prompts_name_the_kept_entry_that_they_continue(engine):
     assert tokens(results) == tokens(engine.generate(whole, GREEDY))
     with pytest.raises(InputError, match="no kept levels to continue"):
         engine.generate(ends, GREEDY, parents=[0, 0, 0])
+
+
+def test_kept_entries_may_go_unnamed(hf, engine):
+    """Entries that nothing continues are kept, cost no work, and can be named again."""
+    engine.append_shared([LEFT, ROOT])
+    engine.append_shared([RIGHT, ENDS[0], ENDS[1]], parents=[1, 1, 1])
+    with passes(engine.model) as seen:
+        results = engine.generate([[1]], GREEDY, shared_cache_op="preserve", parents=[2], return_logits=True)
+    assert [p.num_tokens for p in seen] == [1] * 5
+    check(hf, [ROOT + ENDS[1] + [1]], results)
+    results = engine.generate([[3], [2]], GREEDY, shared_cache_op="preserve", parents=[1, 0], return_logits=True)
+    check(hf, [ROOT + ENDS[0] + [3], ROOT + RIGHT + [2]], results)
+    engine.truncate_shared(1)
+    assert engine.arena.num_used == len(LEFT) + len(ROOT), "the entry that nothing continued is still there"
+    with passes(engine.model) as seen:
+        results = engine.generate([[5]], GREEDY, shared_cache_op="preserve", parents=[0], return_logits=True)
+    assert seen[0].num_tokens == 1
+    check(hf, [LEFT + [5]], results)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ OPERATIONS = st.lists(
         st.tuples(st.just("allocate"), st.integers(0, 9)),
         st.tuples(st.just("allocate_all"), st.lists(st.integers(0, 7), max_size=5)),
         st.tuples(st.just("free"), st.integers(0, 1000)),
-        st.tuples(st.just("grow"), st.integers(0, 6)),
+        st.tuples(st.sampled_from(["grow", "cut"]), st.integers(0, 6)),
         st.tuples(st.just("copy"), st.just(None)),
     ),
     max_size=60,
@@ -64,11 +64,16 @@ def test_first_fit_is_that_of_a_list_of_flags(capacity, operations):
             allocator.free(start, length)
             plain.mark(start, length, False)
         elif name == "grow":
-            allocator.grow(allocator.capacity + value)
+            allocator.resize(allocator.capacity + value)
             plain.taken += [False] * value
+        elif name == "cut":
+            end = max((start + length for start, length in held), default=0)
+            assert allocator.end_of_used == end
+            allocator.resize(min(allocator.capacity, end + value))
+            del plain.taken[end + value :]
         elif name == "copy":
             trial = allocator.copy()
-            trial.grow(trial.capacity + 50)
+            trial.resize(trial.capacity + 50)
             assert trial.allocate(50) is not None and trial.num_free >= allocator.num_free
         assert (allocator.capacity, allocator.num_free) == (len(plain.taken), plain.taken.count(False))
     for start, length in held:
@@ -121,11 +126,35 @@ def test_tokens_go_to_their_slots(config):
 def test_growing_keeps_what_there_is(config):
     cache = filled(config, 4)
     before = [[arena.clone() for arena in layer] for layer in contents(cache, config)]
-    cache.grow(9)
+    cache.resize(9)
     assert cache.num_slots == 9
     for layer, old in zip(contents(cache, config), before, strict=True):
         for arena, was in zip(layer, old, strict=True):
             assert torch.equal(arena[:4], was) and not arena[4:].any() and was.any()
+
+
+def test_cutting_keeps_what_is_left(config, monkeypatch):
+    cache = filled(config, 9)
+    before = contents(cache, config)
+    arena_of, num_left = KVCache._arena, 3
+
+    def fails(self, num_slots):
+        nonlocal num_left
+        num_left -= 1
+        if num_left < 0:
+            raise MemoryError
+        return arena_of(self, num_slots)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KVCache, "_arena", fails)
+        with pytest.raises(MemoryError):
+            cache.resize(4)
+    for num_slots in (4, 6):
+        cache.resize(num_slots)
+        assert cache.num_slots == num_slots
+        for layer, old in zip(contents(cache, config), before, strict=True):
+            for arena, was in zip(layer, old, strict=True):
+                assert arena.shape[0] == num_slots and torch.equal(arena[:4], was[:4]) and not arena[4:].any()
 
 
 def test_growing_that_failed_midway_can_be_tried_again(config, monkeypatch):
@@ -143,11 +172,11 @@ def test_growing_that_failed_midway_can_be_tried_again(config, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(KVCache, "_arena", fails)
         with pytest.raises(MemoryError):
-            cache.grow(9)
+            cache.resize(9)
     assert cache.num_slots == 4
     for keys, values in contents(cache, config):
         assert keys.shape == values.shape, "attention reads both by the same strides"
-    cache.grow(6)
+    cache.resize(6)
     for layer, old in zip(contents(cache, config), before, strict=True):
         for arena, was in zip(layer, old, strict=True):
             assert arena.shape[0] == 6 and torch.equal(arena[:4], was) and not arena[4:].any()
