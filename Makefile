@@ -24,4 +24,4 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info .pytest_cache .hypothesis
+	rm -rf $(VENV) demo build *.egg-info .pytest_cache .hypothesis .ruff_cache

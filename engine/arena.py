@@ -17,6 +17,11 @@ def usable(free_bytes: int) -> int:
     return int(free_bytes * _FRACTION)
 
 
+def fits_beside(free_bytes: int, cache_bytes: int, activation_bytes: int) -> bool:
+    """Whether a KV cache can be set up in free memory, and then leaves enough of it for activations."""
+    return cache_bytes <= usable(free_bytes) and activation_bytes <= usable(free_bytes - cache_bytes)
+
+
 class Arena:
     """A ``KVCache`` that is sized by the work, up to the memory that is there, or ahead by ``set_up``.
 

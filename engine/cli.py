@@ -10,6 +10,7 @@ from rich.console import Console
 
 from engine.distributed import launched_rank
 from engine.errors import InputError
+from engine.memory import is_out_of_memory
 
 # Of output that is no terminal: a table keeps its columns, whatever width a terminal is assumed to have.
 _FILE_WIDTH = 140
@@ -42,8 +43,8 @@ def make_console(*, stderr: bool = False, quiet: bool = False) -> Console:
 def run(app: typer.Typer) -> None:
     """Runs ``app`` on the process's arguments and ends the process.
 
-    An InputError, an error in the arguments, or an operating-system error about the user's files, is printed as
-    ``error: ...`` and exits with status 2. Of ranks that fail together only rank 0 prints it.
+    An InputError, an error in the arguments, an operating-system error about the user's files, or memory that does not
+    suffice, is printed as ``error: ...`` and exits with status 2. Of ranks that fail together only rank 0 prints it.
     """
     try:
         status = app(standalone_mode=False)
@@ -58,6 +59,11 @@ def run(app: typer.Typer) -> None:
         where = error.filename2 or error.filename
         where = "" if where is None else f"{where}: "
         status = _fail(f"{where}{error.strerror}")
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        first_line = str(error).splitlines()[:1]
+        status = _fail(": ".join(["out of memory", *first_line]) + "; use a smaller batch or model, or more ranks")
     except (KeyboardInterrupt, typer.Abort):
         status = 128 + 2  # as a shell reports a program that SIGINT ended
     sys.exit(status)

@@ -5,6 +5,7 @@ from engine.bench.modes import ModelOptions
 from engine.bench.results import Cell
 from engine.distributed import TPGroup
 from engine.engine import Engine
+from engine.errors import InputError
 from engine.loader import load_model
 from engine.sampling import SamplingParams
 
@@ -42,7 +43,19 @@ class EngineMode:
 
     def generate(self, num_tokens: int) -> None:
         params = SamplingParams(n=self._batch_size, temperature=0, max_tokens=num_tokens, ignore_eos=True)
-        self.engine.generate([()], params, attention=self.method, shared_cache_op="preserve")
+        sizes: list[int] = []
+        self.engine.generate(
+            [()],
+            params,
+            attention=self.method,
+            shared_cache_op="preserve",
+            on_tokens=lambda num_new, num_ended: sizes.append(num_new),
+        )
+        if sizes[0] != self._batch_size:  # what was timed is not the cell
+            raise InputError(
+                f"memory has room for {sizes[0]} of {self._batch_size} sequences at once; accepted: all of them, or the "
+                "time would be that of smaller batches; use a smaller one or more ranks"
+            )
 
     def release(self) -> None:
         self.engine.release_caches()

@@ -3,14 +3,17 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 from engine.activations import activation_bytes
+from engine.attention import METHODS, get_method
 from engine.bench.results import Cell
 from engine.config import ModelConfig
 from engine.distributed import TPGroup
 from engine.kv_cache import KVCache
 from engine.model import Transformer
+from engine.prefix_tree import build_from_levels
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,15 @@ def cache_tokens(cell: Cell) -> int:
     The last generated token is never read again, so it has no place.
     """
     own = cell.num_unique - 1
-    if cell.mode == "noattention":
-        return 0
-    if cell.mode == "hydragen":
-        return cell.num_shared + cell.batch_size * own
-    if cell.mode == "hf":
+    if cell.mode not in METHODS:
         return cell.batch_size * (cell.num_shared + own)
-    return cell.num_shared + cell.batch_size * (cell.num_shared + own)
+    method = get_method(cell.mode)
+    if not method.uses_cache:
+        return 0
+    # As EngineMode runs it: the prompt is a kept level, the sequences have nothing of their own but what they generate.
+    tree = build_from_levels([[np.zeros(cell.num_shared, dtype=np.int64)], [()] * cell.batch_size])
+    rooms = np.full(cell.batch_size, own, dtype=np.int64)
+    return cell.num_shared + sum(method.ranges(tree, rooms, {0: 0}))
 
 
 def footprint(config: ModelConfig, world_size: int, cell: Cell) -> Footprint | None:

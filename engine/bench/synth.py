@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from engine.arena import fits_beside
 from engine.attention import METHODS
 from engine.bench.environment import describe_environment
 from engine.bench.memory_model import Footprint, footprint
@@ -164,7 +165,7 @@ class _Runner:
     def __init__(self, sweep: Sweep, config: ModelConfig, mode: Mode, group: TPGroup):
         self._sweep, self._config, self._mode, self._group = sweep, config, mode, group
         self._environment = describe_environment(group.device, config.dtype, _num_ranks(sweep, group))
-        self._limit = min(group.gather_objects(available_bytes(group)))
+        self._free = min(group.gather_objects(available_bytes(group)))
         self._ceilings: dict[int, Ceilings] = {}  # by batch size
 
     def run(self, cell: Cell) -> CellResult:
@@ -207,10 +208,10 @@ class _Runner:
         if _length(cell) > positions:
             return f"{_length(cell)} tokens a sequence; the model has {positions} positions"
         # The weights are there already.
-        if needed is not None and needed.cache + needed.activations > self._limit:
+        if needed is not None and not fits_beside(self._free, needed.cache, needed.activations):
             return (
                 f"needs {(needed.cache + needed.activations) / 2**30:.2f} GiB a rank beside the weights; "
-                f"{self._limit / 2**30:.2f} GiB are free"
+                f"{self._free / 2**30:.2f} GiB are free, of which a part is left for what nobody counts"
             )
         return None
 

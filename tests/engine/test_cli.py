@@ -2,6 +2,7 @@ import errno
 import sys
 
 import pytest
+import torch
 import typer
 
 import engine.cli
@@ -75,7 +76,21 @@ def test_so_is_what_the_operating_system_refuses(run_raising, error, line):
     assert run_raising(error) == (2, line)
 
 
-@pytest.mark.parametrize("error", [ValueError("ours"), OSError(errno.EBADF, "Bad file descriptor")])
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (MemoryError(), "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nIt says much more."), "out of memory: CUDA out of memory."),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), "can't allocate memory: 9"),
+    ],
+)
+def test_so_is_memory_that_does_not_suffice(run_raising, error, what):
+    status, stderr = run_raising(error)
+    assert status == 2 and stderr.startswith("error: out of memory") and stderr.count("\n") == 1
+    assert f"{what}; use a smaller batch or model, or more ranks" in stderr
+
+
+@pytest.mark.parametrize("error", [ValueError("ours"), RuntimeError("ours"), OSError(errno.EBADF, "Bad file descriptor")])
 def test_a_fault_of_the_program_keeps_its_traceback(run_raising, error):
     with pytest.raises(type(error)):
         run_raising(error)
