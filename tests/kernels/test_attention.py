@@ -72,6 +72,18 @@ def test_matches_reference(case, dtype, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("most", [15, 16, 17])
+def test_many_rows_of_few_keys(most, dtype, device):
+    """Where a CPU turns from one way to evaluate a row to another; lengths differ, and some rows have two queries."""
+    k_lens = [most - row % 3 for row in range(48)]
+    segment, arena = make_segment([1] * 48, k_lens, False, rooms=[20] * 48)
+    check(segment, arena, 6, 2, 64, dtype, device)
+    segment, arena = make_segment([2] * 48, k_lens, False, rooms=[20] * 48)
+    check(segment, arena, 6, 2, 80, dtype, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("heads", [(1, 1), (4, 4), (8, 1), (12, 4), (5, 5)], ids=str)
 @pytest.mark.parametrize("head_dim", [16, 32, 80, 96, 128, 256])
 def test_head_shapes(heads, head_dim, device):
