@@ -1,7 +1,9 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and the folders that they go to."""
 
 import os
 from pathlib import Path
+
+from engine.errors import InputError
 
 
 def partial_path(path: Path) -> Path:
@@ -30,3 +32,12 @@ def write_whole(path: Path, data: bytes) -> None:
         replace_whole(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_outdir(outdir: Path) -> None:
+    """Raises InputError when results could not be written there: after hours of measuring it would be too late."""
+    existing = next(path for path in (outdir, *outdir.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise InputError(f"{existing} is a file; accepted: an OUTDIR that is a directory, or is to be one; use another")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{existing} cannot be written to; accepted: an OUTDIR that can; use another")

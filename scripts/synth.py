@@ -59,9 +59,10 @@ def synth(
     sweep that was stopped goes on where it was. A cell that cannot fit is recorded as such and skipped.
 
     Modes hydragen, hydragen_noshared (each completion has its own copy of the prompt: FlashAttention without sharing)
-    and noattention (the ceiling) are this engine's; hf is transformers with the prompt's cache kept; vllm and
-    vllm_notok (without detokenisation) are vLLM with prefix caching. All choose tokens greedily. Decode throughput is
-    tokens after the first over (time for all - time for one). Run several modes into one OUTDIR to see their ratios.
+    and noattention (the ceiling) are this engine's; hf is transformers with the prompt's cache kept, hf_static
+    the same with its StaticCache; vllm and vllm_notok (without detokenisation) are vLLM with prefix caching. All choose
+    tokens greedily. Decode throughput is tokens after the first over (time for all - time for one). Run several modes
+    into one OUTDIR to see their ratios.
 
     \b
     Examples:

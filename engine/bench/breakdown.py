@@ -1,133 +1,310 @@
 """Where a decode step's time goes: each mode's step beside the operations that it cannot do without.
 
+A machine's speed drifts within minutes, by more than what is to be told apart. So the modes take turns: a round times
+one step of every mode, and the operations alone, next to each other. Differences and ratios are taken within a round,
+and the median over the rounds is reported.
+
 Shapes: B sequences, S shared tokens, Hkv KV heads, G query heads of a KV head, D head dimension.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
-from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.progress import Progress, TaskID
 
+from engine.arena import fits_beside
+from engine.attention import METHODS
+from engine.bench.engine_mode import EngineMode
 from engine.bench.environment import describe_environment
-from engine.bench.modes import ModelOptions
-from engine.bench.results import Cell, CellResult, read_cell
+from engine.bench.memory_model import footprint
+from engine.bench.modes import HF_MODES, Mode, ModelOptions, make_mode, make_prompt
+from engine.bench.results import Cell
 from engine.bench.roofline import measure_ceilings
-from engine.bench.synth import Sweep, run_sweep
-from engine.bench.timing import best_of
+from engine.bench.timing import HIGH_SPREAD, Timer, best_of, summarize
 from engine.config import ModelConfig
 from engine.distributed import TPGroup
 from engine.errors import InputError
-from engine.files import write_whole
+from engine.files import check_outdir, write_whole
 from engine.loader import load_model
+from engine.memory import available_bytes, is_out_of_memory
 from engine.model import Transformer
+from engine.progress import progress_bar
 from kernels import Segment
 from kernels.attention import PlannedSegment
 from kernels.linear import linear
 
-_REPEATS = 20
+SCHEMA_VERSION = 1
+FILE_NAME = "breakdown.yaml"
+
+REPEATS = 20
+_READ_SECONDS = 0.3  # a round's measurement of the machine's ceilings
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Which modes are timed, at which sizes, and how often."""
+
+    modes: tuple[str, ...]
+    batch_size: int
+    shared_lens: tuple[int, ...]  # tokens
+    num_unique: int  # tokens, 2 or more
+    model: ModelOptions
+    num_iters: int  # rounds
+    hf_iters: int  # rounds that hf takes part in, the first ones: its step takes many times longer
+
+    def num_rounds(self, mode: str) -> int:
+        return min(self.hf_iters, self.num_iters) if mode == "hf" else self.num_iters
+
+
+@dataclass(frozen=True)
+class Series:
+    """A quantity that every round has a value of."""
+
+    values: Sequence[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    @property
+    def spread(self) -> float | None:
+        """20th to 80th percentile as a fraction of the median; None for a single value, which has none."""
+        return abs(summarize(self.values).relative) if len(self.values) > 1 else None
+
+    @property
+    def high_spread(self) -> bool:
+        return self.spread is not None and self.spread > HIGH_SPREAD
+
+
+@dataclass(frozen=True)
+class Point:
+    """What was measured at one shared length. Times are in ms, one a round; a mode may have fewer, of the first rounds.
+
+    ``alone`` is each round's best of 20 calls on warm, contiguous data.
+    """
+
+    num_shared: int
+    num_unique: int
+    kv_bytes: int  # keys and values that the baseline reads in a step
+    matmul_alone_ms: list[float] = field(default_factory=list)
+    prefix_alone_ms: list[float] = field(default_factory=list)
+    read_gbs: list[float] = field(default_factory=list)  # 10^9 bytes/s: what this machine reads at most
+    decode_ms: dict[str, list[float]] = field(default_factory=dict)  # by mode: generating num_unique tokens
+    first_token_ms: dict[str, list[float]] = field(default_factory=dict)  # generating one: what decode_ms has besides
+    failures: dict[str, str] = field(default_factory=dict)  # by mode: why it was not timed, or not to the end
+
+    def step_ms(self, mode: str) -> list[float]:
+        """One decode step of ``mode``, one time a round. A time that is lost in noise can be negative."""
+        pairs = zip(self.decode_ms.get(mode, ()), self.first_token_ms.get(mode, ()), strict=True)
+        return [(every - first) / (self.num_unique - 1) for every, first in pairs]
+
+    def figures(self) -> dict[str, Series]:
+        """What the times amount to, without what lacks a mode or would divide by a time that is lost in noise.
+
+        - ``MODE_ms``: a step.
+        - ``noattention_per_matmul``: a step without attention over its matrix products alone.
+        - ``added_ms``: what attention adds to a step of hydragen; ``added_per_prefix``: that over the prefix attention
+          alone.
+        - ``noshared_gbs``: the rate at which the baseline's attention reads keys and values, 10^9 bytes/s;
+          ``noshared_per_read``: that over the rate at which the machine reads.
+        - ``hf_per_hydragen``, ``hf_static_per_hydragen``: how many times faster hydragen is than transformers.
+        """
+        noattention, hydragen = self.step_ms("noattention"), self.step_ms("hydragen")
+        added_ms = _less(hydragen, noattention)
+        read_ms = _less(self.step_ms("hydragen_noshared"), noattention)
+        noshared_gbs = _over([self.kv_bytes / 1e6] * len(read_ms), read_ms)
+        found = {
+            **{f"{mode}_ms": self.step_ms(mode) for mode in self.decode_ms},
+            "noattention_per_matmul": _over(noattention, self.matmul_alone_ms),
+            "added_ms": added_ms,
+            "added_per_prefix": _over(added_ms, self.prefix_alone_ms),
+            "noshared_gbs": noshared_gbs,
+            "noshared_per_read": _over(noshared_gbs, self.read_gbs),
+            **{f"{mode}_per_hydragen": _over(self.step_ms(mode), hydragen) for mode in HF_MODES},
+        }
+        return {name: Series(values) for name, values in found.items() if values}
+
+
+def _less(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    """``a - b`` in each of the first rounds, which have both."""
+    return [x - y for x, y in zip(a, b, strict=False)]
+
+
+def _over(a: Sequence[float], b: Sequence[float]) -> list[float]:
+    """``a / b`` in each of the first rounds, which have both; nothing where a divisor is lost in noise."""
+    pairs = list(zip(a, b, strict=False))
+    return [] if any(y <= 0 for _, y in pairs) else [x / y for x, y in pairs]
 
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Times in ms of one decode step at one batch size and shared length; None where a mode has no time.
+    """A comparison's measurements, one point a shared length."""
 
-    ``alone`` is the best of 20 calls on warm, contiguous data.
+    comparison: Comparison
+    environment: dict[str, object]  # as from describe_environment
+    points: list[Point]
+
+
+# ---- measuring
+
+
+def run_breakdown(outdir: Path, comparison: Comparison, group: TPGroup, console: Console) -> Breakdown:
+    """Times the modes and the operations alone, turn by turn, and writes ``outdir/breakdown.yaml``.
+
+    Raises InputError, before anything is measured, for several ranks, for an ``outdir`` that cannot be written to or
+    has the file already, and for modes or lengths that cannot be compared.
     """
-
-    batch_size: int
-    num_shared: int
-    num_unique: int
-    matmul_alone_ms: float
-    prefix_alone_ms: float
-    noattention_ms: float | None
-    hydragen_ms: float | None
-    noshared_ms: float | None
-    hf_ms: float | None
-    read_gbs: float  # what this machine reads at most, measured in this run
-    kv_bytes: int  # keys and values that the baseline reads in a step
-
-    @property
-    def noattention_ratio(self) -> float | None:
-        """A step without attention over its matrix products alone."""
-        return _over(self.noattention_ms, self.matmul_alone_ms)
-
-    @property
-    def attention_ratio(self) -> float | None:
-        """What attention adds to a step over the prefix calls alone."""
-        return _over(_less(self.hydragen_ms, self.noattention_ms), self.prefix_alone_ms)
-
-    @property
-    def hf_ratio(self) -> float | None:
-        """How many times faster hydragen is than transformers."""
-        return _over(self.hf_ms, self.hydragen_ms)
-
-    @property
-    def noshared_gbs(self) -> float | None:
-        """The rate at which the baseline's attention reads keys and values."""
-        attention_ms = _less(self.noshared_ms, self.noattention_ms)
-        return None if not attention_ms else self.kv_bytes / (attention_ms * 1e6)
+    config = comparison.model.config()
+    _check(comparison, config, group)
+    _check_outdir(outdir)
+    runner = _Runner(comparison, config, group)
+    with progress_bar(console) as progress:
+        task = progress.add_task("", total=len(comparison.shared_lens) * runner.turns_per_length)
+        points = [runner.measure(num_shared, progress, task) for num_shared in comparison.shared_lens]
+    breakdown = Breakdown(comparison, runner.environment, points)
+    outdir.mkdir(parents=True, exist_ok=True)
+    write_whole(outdir / FILE_NAME, _to_yaml(breakdown).encode())
+    return breakdown
 
 
-def _over(a: float | None, b: float | None) -> float | None:
-    return None if a is None or not b else a / b
-
-
-def _less(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a - b
-
-
-def run_breakdown(
-    outdir: Path,
-    batch_size: int,
-    shared_lens: Sequence[int],
-    num_unique: int,
-    model: ModelOptions,
-    modes: Sequence[str],
-    num_iters: int,
-    group: TPGroup,
-    console: Console,
-) -> list[Breakdown]:
-    """Sweeps the modes into ``outdir``, measures the operations alone, and writes ``outdir/breakdown.yaml``."""
+def _check(comparison: Comparison, config: ModelConfig, group: TPGroup) -> None:
     if group.size > 1:
         raise InputError(f"a step is taken apart in one process, not in {group.size}; start it with python")
-    for mode in modes:
-        cells = tuple(Cell(mode, batch_size, shared, num_unique) for shared in shared_lens)
-        run_sweep(Sweep(outdir, mode, cells, model, num_iters, 1, calc_prefill=False), group, console)
-    console.print("Measuring the operations alone ...")
-    loaded = load_model(model.name, group, load_format=model.load_format, dtype=model.dtype, seed=model.seed)
-    device, config = group.device, loaded.config
-    matmul_ms = matmul_alone_ms(loaded.model, batch_size, device)
-    read_gbs = measure_ceilings(device, config.dtype, rows=batch_size).read_gbs
-    rows = []
-    for shared in shared_lens:
-        step_ms = {mode: _step_ms(outdir, Cell(mode, batch_size, shared, num_unique)) for mode in modes}
-        rows.append(
-            Breakdown(
-                batch_size=batch_size,
-                num_shared=shared,
-                num_unique=num_unique,
-                matmul_alone_ms=matmul_ms,
-                prefix_alone_ms=prefix_alone_ms(loaded.model, batch_size, shared, device),
-                noattention_ms=step_ms.get("noattention"),
-                hydragen_ms=step_ms.get("hydragen"),
-                noshared_ms=step_ms.get("hydragen_noshared"),
-                hf_ms=step_ms.get("hf"),
-                read_gbs=read_gbs,
-                kv_bytes=_kv_bytes(config, batch_size, shared + num_unique // 2),
-            )
+    for mode in comparison.modes:
+        if comparison.modes.count(mode) > 1:
+            raise InputError(f"the modes hold {mode} twice; accepted: each once; leave one out")
+    longest, positions = max(comparison.shared_lens) + comparison.num_unique, config.max_position_embeddings
+    if longest > positions:
+        raise InputError(
+            f"{max(comparison.shared_lens)} shared and {comparison.num_unique} unique tokens make {longest}; accepted: "
+            f"at most {positions}, the model's positions; use fewer"
         )
-    described = {
-        "environment": describe_environment(device, config.dtype, group.size),
-        "steps": [asdict(row) for row in rows],
-    }
-    write_whole(outdir / "breakdown.yaml", yaml.safe_dump(described, sort_keys=False).encode())
-    return rows
+
+
+def _check_outdir(outdir: Path) -> None:
+    """Raises InputError when the file could not be written there: after minutes of measuring it would be too late."""
+    path = outdir / FILE_NAME
+    if path.exists():
+        raise InputError(f"{path} exists; accepted: an OUTDIR without one, for it is not overwritten; use another")
+    check_outdir(outdir)
+
+
+class _Runner:
+    """Has every mode loaded, the engine's own on one model, and measures one shared length after another."""
+
+    def __init__(self, comparison: Comparison, config: ModelConfig, group: TPGroup):
+        self._comparison, self._config, self._group = comparison, config, group
+        options = comparison.model
+        self._model: Transformer = load_model(
+            options.name,
+            group,
+            tp_dir=options.tp_dir,
+            load_format=options.load_format,
+            dtype=options.dtype,
+            revision=options.revision,
+            seed=options.seed,
+        ).model
+        self._modes: dict[str, Mode] = {
+            name: EngineMode(name, self._model)
+            if name in METHODS
+            else make_mode(name, options, group, None, comparison.batch_size)
+            for name in comparison.modes
+        }
+        self.environment = describe_environment(group.device, config.dtype, group.size)
+
+    @property
+    def turns_per_length(self) -> int:
+        """Steps of the progress bar: each mode's set-up and rounds, and the operations alone."""
+        comparison = self._comparison
+        return sum(1 + comparison.num_rounds(mode) for mode in self._modes) + comparison.num_iters
+
+    def measure(self, num_shared: int, progress: Progress, task: TaskID) -> Point:
+        """All rounds at one shared length. A mode that memory does not suffice for is left out from then on."""
+        comparison = self._comparison
+        history = num_shared + comparison.num_unique // 2  # in the mean: own keys are 1, 2, ... num_unique - 1
+        kv_bytes = _kv_bytes(self._config, comparison.batch_size, history)
+        point = Point(num_shared, comparison.num_unique, kv_bytes)
+        prompt = make_prompt(self._config.vocab_size, num_shared, comparison.model.seed)
+        try:
+            for name in self._modes:
+                progress.update(task, description=f"shared {num_shared}, {name}, set-up")
+                self._attempt(name, point, lambda name=name: self._prepare(name, prompt))
+                progress.advance(task)
+            for round_ in range(comparison.num_iters):
+                where = f"shared {num_shared}, round {round_ + 1}"
+                progress.update(task, description=f"{where}, operations alone")
+                self._time_alone(point)
+                progress.advance(task)
+                for name in self._modes:
+                    if round_ >= comparison.num_rounds(name):
+                        continue
+                    progress.update(task, description=f"{where}, {name}")
+                    if name not in point.failures:
+                        self._attempt(name, point, lambda name=name: self._time_step(name, point))
+                    progress.advance(task)
+        finally:
+            for mode in self._modes.values():
+                mode.release()
+        return point
+
+    def _attempt(self, name: str, point: Point, work: Callable[[], None]) -> None:
+        """Does a mode's work; when it runs out of memory, gives back what it has and records why."""
+        try:
+            work()
+        except InputError as error:
+            failure = str(error)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failure = ": ".join(["out of memory", *str(error).splitlines()[:1]])
+        else:
+            return
+        point.failures[name] = failure
+        self._modes[name].release()
+
+    def _prepare(self, name: str, prompt: list[int]) -> None:
+        """Sets the mode up beside those that are set up already, and warms it up.
+
+        Raises InputError, or an out-of-memory error, when that needs more memory than is left.
+        """
+        comparison, mode = self._comparison, self._modes[name]
+        cell = Cell(name, comparison.batch_size, len(prompt), comparison.num_unique)
+        needed, free = footprint(self._config, self._group.size, cell), available_bytes(self._group)
+        # Beforehand: a system that hands out more memory than it has ends the process instead of raising an error.
+        if needed is not None and not fits_beside(free, needed.cache, needed.activations):
+            raise InputError(
+                f"needs {(needed.cache + needed.activations) / 2**30:.2f} GiB beside the weights; accepted: what fits "
+                f"in the {free / 2**30:.2f} GiB that are free, with a reserve; use a smaller batch or fewer modes"
+            )
+        mode.set_up(cell)
+        mode.prefill(prompt)
+        mode.generate(2 if name == "hf" else comparison.num_unique)  # every step of hf is as its first, and slow
+
+    def _time_step(self, name: str, point: Point) -> None:
+        # A library that a mode loads or calls could change the process's number, and a ratio would not be fair.
+        threads = torch.get_num_threads()
+        assert threads == self.environment["num_threads"], f"{threads} threads, not the same for all modes"
+        every, first = (self._time(name, num_tokens) for num_tokens in (point.num_unique, 1))
+        point.decode_ms.setdefault(name, []).append(every)
+        point.first_token_ms.setdefault(name, []).append(first)
+
+    def _time(self, name: str, num_tokens: int) -> float:
+        with Timer(self._group.device) as timer:
+            self._modes[name].generate(num_tokens)
+        return timer.ms
+
+    def _time_alone(self, point: Point) -> None:
+        batch_size, device = self._comparison.batch_size, self._group.device
+        point.matmul_alone_ms.append(matmul_alone_ms(self._model, batch_size, device))
+        point.prefix_alone_ms.append(prefix_alone_ms(self._model, batch_size, point.num_shared, device))
+        ceilings = measure_ceilings(device, self._config.dtype, rows=batch_size, seconds=_READ_SECONDS)
+        point.read_gbs.append(ceilings.read_gbs)
 
 
 def matmul_alone_ms(model: Transformer, batch_size: int, device: torch.device) -> float:
@@ -138,7 +315,7 @@ def matmul_alone_ms(model: Transformer, batch_size: int, device: torch.device) -
     def best(weights: list[torch.Tensor]) -> float:
         rows = [torch.randn(batch_size, w.shape[1], device=device).to(w.dtype) for w in weights]
         times = best_of(
-            lambda: [linear(x, w) for x, w in zip(rows, weights, strict=True)], _REPEATS, 2, device
+            lambda: [linear(x, w) for x, w in zip(rows, weights, strict=True)], REPEATS, 2, device
         )
         return min(times)
 
@@ -155,45 +332,62 @@ def prefix_alone_ms(model: Transformer, batch_size: int, num_shared: int, device
     segment = Segment(np.array([0, num_queries]), np.array([0]), np.array([num_shared]))
     planned = PlannedSegment(segment, device, dtype)
     q, k, v = (x.transpose(0, 1) for x in (q_HTD, k_HSD, v_HSD))
-    return len(model.layers) * min(best_of(lambda: planned.run(q, k, v, attention.scale), _REPEATS, 2, device))
-
-
-def print_breakdown(rows: Sequence[Breakdown], console: Console) -> None:
-    """A table of the times, and of what they are held against."""
-    table = Table(title="One decode step, ms", box=box.SIMPLE)
-    for column in (
-        "batch", "shared", "matmul\nalone", "noatt-\nention", "noattention\n/ matmul", "prefix\nalone", "hydragen",
-        "added\n/ prefix", "noshared", "its KV\nGB/s", "of read\nlimit", "hf", "hf /\nhydragen",
-    ):  # fmt: skip
-        table.add_column(column, justify="right")
-
-    def show(value: float | None, spec: str) -> str:
-        return "-" if value is None else format(value, spec)
-
-    for row in rows:
-        table.add_row(
-            str(row.batch_size),
-            str(row.num_shared),
-            show(row.matmul_alone_ms, ".1f"),
-            show(row.noattention_ms, ".1f"),
-            show(row.noattention_ratio, ".2f"),
-            show(row.prefix_alone_ms, ".1f"),
-            show(row.hydragen_ms, ".1f"),
-            show(row.attention_ratio, ".2f"),
-            show(row.noshared_ms, ".1f"),
-            show(row.noshared_gbs, ".1f"),
-            show(_over(row.noshared_gbs, row.read_gbs), ".0%"),
-            show(row.hf_ms, ".1f"),
-            show(row.hf_ratio, ".1f"),
-        )
-    console.print(table)
-    console.print(f"This machine reads {rows[0].read_gbs:.1f} GB/s at most, as measured in this run.")
-
-
-def _step_ms(outdir: Path, cell: Cell) -> float | None:
-    result: CellResult = read_cell(cell.path(outdir))
-    return result.decode_step_ms
+    return len(model.layers) * min(best_of(lambda: planned.run(q, k, v, attention.scale), REPEATS, 2, device))
 
 
 def _kv_bytes(config: ModelConfig, batch_size: int, history: int) -> int:
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * batch_size * history * config.dtype.itemsize
+
+
+# ---- the file
+
+
+def _to_yaml(breakdown: Breakdown) -> str:
+    comparison = breakdown.comparison
+    described = {
+        "schema_version": SCHEMA_VERSION,
+        "model_name": comparison.model.name,
+        "seed": comparison.model.seed,
+        "batch_size": comparison.batch_size,
+        "num_unique": comparison.num_unique,
+        "environment": breakdown.environment,
+        "points": [_describe(point, comparison.modes) for point in breakdown.points],
+    }
+    return yaml.safe_dump(described, sort_keys=False, allow_unicode=True, default_flow_style=None, width=116)
+
+
+def _describe(point: Point, modes: Sequence[str]) -> dict[str, object]:
+    """The point as YAML data."""
+    described_modes: dict[str, dict[str, object]] = {}
+    for mode in modes:
+        described_modes[mode] = {
+            "decode_ms": _rounded(point.decode_ms.get(mode, ())),
+            "first_token_ms": _rounded(point.first_token_ms.get(mode, ())),
+        }
+        if mode in point.failures:
+            described_modes[mode]["message"] = point.failures[mode]
+    figures = {
+        name: {
+            "median": _round(series.median),
+            "spread": None if series.spread is None else _round(series.spread),
+            "rounds": _rounded(series.values),
+        }
+        for name, series in point.figures().items()
+    }
+    return {
+        "num_shared": point.num_shared,
+        "modes": described_modes,
+        "matmul_alone_ms": _rounded(point.matmul_alone_ms),
+        "prefix_alone_ms": _rounded(point.prefix_alone_ms),
+        "read_gbs": _rounded(point.read_gbs),
+        "kv_bytes": point.kv_bytes,
+        "figures": figures,
+    }
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [_round(value) for value in values]

@@ -1,34 +1,23 @@
 """The engine's attention methods as modes of a sweep."""
 
 from engine.bench.memory_model import cache_tokens
-from engine.bench.modes import ModelOptions
 from engine.bench.results import Cell
-from engine.distributed import TPGroup
 from engine.engine import Engine
 from engine.errors import InputError
-from engine.loader import load_model
+from engine.model import Transformer
 from engine.sampling import SamplingParams
 
 
 class EngineMode:
-    """One loaded model and one attention method.
+    """One attention method on a loaded model, which other modes may use too.
 
     The prompt is kept as a shared level. Its end has the logits of the first token already, so generating one token
     takes no step, and n tokens take n - 1.
     """
 
-    def __init__(self, method: str, options: ModelOptions, group: TPGroup):
+    def __init__(self, method: str, model: Transformer):
         self.method = method
-        loaded = load_model(
-            options.name,
-            group,
-            tp_dir=options.tp_dir,
-            load_format=options.load_format,
-            dtype=options.dtype,
-            revision=options.revision,
-            seed=options.seed,
-        )
-        self.engine = Engine(loaded.model)
+        self.engine = Engine(model)
         self._batch_size = 0
 
     def set_up(self, cell: Cell) -> None:

@@ -1,6 +1,8 @@
 """transformers as a good user would run it: the prompt computed once, its cache repeated for the batch and kept.
 
-Attention is sdpa; dtype, threads, prompt and the choice of tokens are those of the other modes.
+Attention is sdpa; dtype, threads, prompt and the choice of tokens are those of the other modes. The cache is the
+library's default, which grows with every step (mode ``hf``), or its ``StaticCache``, which has room for all tokens and
+is written in place (mode ``hf_static``).
 
 Shapes: B sequences, V vocabulary.
 """
@@ -23,22 +25,22 @@ from engine.sampling import greedy
 class HFMode:
     """A model of the transformers library on one device."""
 
-    def __init__(self, options: ModelOptions, group: TPGroup):
+    def __init__(self, options: ModelOptions, group: TPGroup, static: bool = False):
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()  # the sweep shows its own
-        self._group = group
+        self._group, self._static = group, static
         config = options.config()
         if options.load_format == "dummy":
             self.model = _random_model(config, options.seed, group.device)
         else:
             self.model = _load(find_checkpoint(options.name, options.revision, 1), config).to(group.device)
         self.model.eval()
-        self._batch_size = 0
+        self._batch_size, self._num_shared, self._num_unique = 0, 0, 0
         self._cache: transformers.Cache | None = None
         self._logits_BV: torch.Tensor | None = None  # after the prompt
 
     def set_up(self, cell: Cell) -> None:
-        self._batch_size = cell.batch_size
+        self._batch_size, self._num_unique = cell.batch_size, cell.num_unique
 
     @torch.inference_mode()
     def prefill(self, prompt: list[int]) -> None:
@@ -46,7 +48,14 @@ class HFMode:
         tokens = torch.tensor([prompt], device=self._group.device)
         out = self.model(tokens, use_cache=True, logits_to_keep=1)
         self._cache = out.past_key_values
-        self._cache.batch_repeat_interleave(self._batch_size)
+        if self._static:
+            room = len(prompt) + self._num_unique - 1  # the last token is never read again
+            self._cache = transformers.StaticCache(config=self.model.config, max_cache_len=room)
+            for layer, computed in zip(self._cache.layers, out.past_key_values.layers, strict=True):
+                layer.update(*(x.expand(self._batch_size, -1, -1, -1) for x in (computed.keys, computed.values)))
+        else:
+            self._cache.batch_repeat_interleave(self._batch_size)
+        self._num_shared = len(prompt)
         self._logits_BV = out.logits[:, -1].repeat(self._batch_size, 1)
 
     @torch.inference_mode()
@@ -58,11 +67,22 @@ class HFMode:
                 break
             out = self.model(tokens_B[:, None], past_key_values=self._cache, use_cache=True)
             logits_BV = out.logits[:, -1]
-        if num_tokens > 1:
-            self._cache.crop(-(num_tokens - 1))  # back to the prompt; its keys stay where they are
+        if num_tokens > 1:  # back to the prompt; its keys stay where they are
+            if self._static:
+                _rewind(self._cache, self._num_shared)
+            else:
+                self._cache.crop(-(num_tokens - 1))
 
     def release(self) -> None:
         self._cache = self._logits_BV = None
+
+
+def _rewind(cache: transformers.StaticCache, length: int) -> None:
+    """Back to the first ``length`` tokens; the library can only go back to none."""
+    for layer in cache.layers:
+        layer.keys[:, :, length:], layer.values[:, :, length:] = 0, 0  # the length in versions that count what is filled
+        if hasattr(layer, "cumulative_length"):  # and in those that keep it
+            layer.cumulative_length.fill_(length)
 
 
 def _load(folder: Path, config: ModelConfig) -> transformers.PreTrainedModel:

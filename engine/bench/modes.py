@@ -16,10 +16,11 @@ from engine.bench.results import Cell
 from engine.config import ModelConfig
 from engine.distributed import TPGroup
 from engine.errors import InputError
-from engine.loader import read_config
+from engine.loader import load_model, read_config
 
 # Other systems, and the library that each needs; the extra that installs it has the library's name.
-EXTERNAL_MODES = {"hf": "transformers", "vllm": "vllm", "vllm_notok": "vllm"}
+EXTERNAL_MODES = {"hf": "transformers", "hf_static": "transformers", "vllm": "vllm", "vllm_notok": "vllm"}
+HF_MODES = ("hf", "hf_static")
 MODES = (*METHODS, *EXTERNAL_MODES)
 
 
@@ -80,8 +81,8 @@ def check_mode(name: str, options: ModelOptions, num_ranks: int, tp: int | None,
         )
     if num_ranks > 1:
         raise InputError(f"mode {name} is started once, not on {num_ranks} ranks; use python instead of torchrun")
-    if name == "hf" and tp not in (None, 1):
-        raise InputError(f"--tp {tp} was given, but mode hf runs in one process; leave it out")
+    if name in HF_MODES and tp not in (None, 1):
+        raise InputError(f"--tp {tp} was given, but mode {name} runs in one process; leave it out")
     if find_spec(library) is None:
         raise InputError(
             f"mode {name} needs {library}, which is not installed; run in the repository's root: "
@@ -94,11 +95,20 @@ def make_mode(name: str, options: ModelOptions, group: TPGroup, tp: int | None, 
     if name in METHODS:
         from engine.bench.engine_mode import EngineMode
 
-        return EngineMode(name, options, group)
-    if name == "hf":
+        loaded = load_model(
+            options.name,
+            group,
+            tp_dir=options.tp_dir,
+            load_format=options.load_format,
+            dtype=options.dtype,
+            revision=options.revision,
+            seed=options.seed,
+        )
+        return EngineMode(name, loaded.model)
+    if name in HF_MODES:
         from engine.bench.hf_mode import HFMode
 
-        return HFMode(options, group)
+        return HFMode(options, group, static=name == "hf_static")
     from engine.bench.vllm_mode import VLLMMode
 
     return VLLMMode(options, tp or 1, max_batch_size, detokenize=name == "vllm")

@@ -18,6 +18,7 @@ _COLORS = {
     "hydragen": "#0072B2",
     "hydragen_noshared": "#D55E00",
     "hf": "#009E73",
+    "hf_static": "#56B4E9",
     "vllm": "#CC79A7",
     "vllm_notok": "#8C5B9F",
     "noattention": "#444444",

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+from engine.bench.modes import HF_MODES
 from engine.bench.results import CellResult, Status
 from engine.bench.timing import HIGH_SPREAD
 from engine.errors import InputError
@@ -18,7 +19,7 @@ from engine.files import write_whole
 if TYPE_CHECKING:
     from rich.console import Console
 
-_MODE_ORDER = ("noattention", "hydragen", "hydragen_noshared", "hf", "vllm", "vllm_notok")
+_MODE_ORDER = ("noattention", "hydragen", "hydragen_noshared", "hf", "hf_static", "vllm", "vllm_notok")
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def _cpu_threads(result: CellResult) -> int | None:
 def _point(result: CellResult, mode: str) -> tuple[object, ...]:
     """Where the cell of ``mode`` that compares with ``result`` is found."""
     cell = result.cell
-    ranks = None if mode == "hf" else _num_ranks(result)
+    ranks = None if mode in HF_MODES else _num_ranks(result)
     return (_setting(result), mode, ranks, cell.batch_size, cell.num_shared, cell.num_unique)
 
 
@@ -165,7 +166,7 @@ def _print_comparison(title: str, rows: list[Row], console: "Console") -> None:
         "roof-\nline": [_number(row.result.roofline_fraction, ".0%") for row in rows],
     }
     columns = {heading: values for heading, values in columns.items() if set(values) != {_MISSING}}
-    if len({_num_ranks(row.result) for row in rows if row.result.cell.mode != "hf"}) <= 1:
+    if len({_num_ranks(row.result) for row in rows if row.result.cell.mode not in HF_MODES}) <= 1:
         del columns["ranks"]  # the title says it
 
     console.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)

@@ -157,7 +157,9 @@ def _headline(result: CellResult) -> str:
     """The cell in words, for a person who opens the file."""
     cell = result.cell
     speed = result.tokens_per_second
-    outcome = result.status if speed is None else f"{speed:.1f} tokens/s, spread {result.spread:.1%}"
+    outcome = result.status if speed is None else f"{speed:.1f} tokens/s"
+    if speed is not None and len(result.decode_ms) > 1:  # a single time has no spread
+        outcome += f", spread {result.spread:.1%}"
     return (
         f"{cell.mode}: {cell.batch_size} sequences of {cell.num_shared} shared + {cell.num_unique} generated tokens: "
         f"{outcome}; times in ms"

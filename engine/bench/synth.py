@@ -3,7 +3,6 @@
 Every rank runs every cell; rank 0 decides what is left to do, writes the files and prints.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +23,7 @@ from engine.bench.timing import Timer
 from engine.config import ModelConfig
 from engine.distributed import TPGroup
 from engine.errors import InputError
+from engine.files import check_outdir
 from engine.memory import available_bytes, is_out_of_memory
 from engine.progress import progress_bar
 from engine.shards import dtype_name
@@ -110,7 +110,7 @@ def print_plan(sweep: Sweep, num_ranks: int, console: Console) -> None:
 
 def _unfinished(sweep: Sweep, config: ModelConfig, num_ranks: int, device: str | None = None) -> list[Cell]:
     """The cells without a result. Raises InputError when OUTDIR cannot take those to come (from any device if None)."""
-    _check_outdir(sweep.outdir)
+    check_outdir(sweep.outdir)
     if sweep.outdir.is_dir():
         ours = (sweep.model.name, dtype_name(config.dtype))
         for result in read_results([sweep.outdir], warn=lambda line: None):  # is_finished warns
@@ -145,15 +145,6 @@ def _check_ranks(sweep: Sweep, result: CellResult, num_ranks: int, device: str |
 def _num_ranks(sweep: Sweep, group: TPGroup) -> int:
     """Processes of the mode: vLLM starts its own."""
     return sweep.tp or 1 if sweep.mode.startswith("vllm") else group.size
-
-
-def _check_outdir(outdir: Path) -> None:
-    """Raises InputError when results could not be written there: after hours of measuring it would be too late."""
-    existing = next(path for path in (outdir, *outdir.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise InputError(f"{existing} is a file; accepted: an OUTDIR that is a directory, or is to be one; use another")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"{existing} cannot be written to; accepted: an OUTDIR that can; use another")
 
 
 # ---- one cell

@@ -4,9 +4,8 @@ import pytest
 from ranks import run_ranks
 
 from engine.bench import memory_model
-from engine.bench.engine_mode import EngineMode
 from engine.bench.memory_model import cache_tokens, footprint
-from engine.bench.modes import ModelOptions, make_prompt
+from engine.bench.modes import ModelOptions, make_mode, make_prompt
 from engine.bench.results import Cell
 from engine.distributed import TPGroup
 from engine.errors import InputError
@@ -27,7 +26,7 @@ def test_weights_and_cache_take_what_was_predicted(size, dtype):
 
     def check(group):
         for method in METHODS:
-            mode = EngineMode(method, replace(TINY, dtype=dtype), group)
+            mode = make_mode(method, replace(TINY, dtype=dtype), group, None, 3)
             config = mode.engine.model.config
             for cell in (cell for cell in cells if cell.mode == method):
                 predicted = footprint(config, group.size, cell)
@@ -46,7 +45,7 @@ def test_weights_and_cache_take_what_was_predicted(size, dtype):
 @pytest.mark.parametrize("method", METHODS[:2])
 def test_with_a_token_less_it_would_take_two_waves_and_is_refused(method):
     cell = Cell(method, 3, 20, 5)
-    mode = EngineMode(method, TINY, TPGroup())
+    mode = make_mode(method, TINY, TPGroup(), None, 3)
 
     def num_passes(tokens: int) -> int:
         mode.set_up(cell)

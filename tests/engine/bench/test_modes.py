@@ -41,7 +41,7 @@ def chosen(monkeypatch):
     return generate
 
 
-@pytest.mark.parametrize("name", ["hf", "hydragen_noshared"])
+@pytest.mark.parametrize("name", ["hf", "hf_static", "hydragen_noshared"])
 def test_every_mode_generates_the_same(chosen, name):
     ours, theirs = (make_mode(mode, TINY, TPGroup(), None, 3) for mode in ("hydragen", name))
     # Twice with other sizes: what a cell leaves behind does not show in the next.

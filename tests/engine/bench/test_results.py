@@ -105,6 +105,14 @@ def test_a_person_can_read_the_file(tmp_path):
     assert "\nstatus: ok\n" in text
 
 
+def test_a_single_time_has_no_spread_to_read(tmp_path):
+    first_line = write_cell(tmp_path, RESULT).read_text().splitlines()[0]
+    assert first_line.endswith(": 1280.0 tokens/s, spread 2.4%; times in ms")
+    once = replace(RESULT, num_iters=1, decode_ms=(650.0,), first_token_ms=(150.0,))
+    first_line = write_cell(tmp_path, once).read_text().splitlines()[0]
+    assert first_line.endswith(": 1280.0 tokens/s; times in ms")
+
+
 def test_a_result_without_times_is_not_written(tmp_path):
     for broken in (replace(RESULT, decode_ms=()), replace(RESULT, decode_ms=(float("nan"),))):
         with pytest.raises(InputError):

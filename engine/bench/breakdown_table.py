@@ -1,0 +1,99 @@
+"""The table of a breakdown: each mode's step, and what it is held against."""
+
+from collections.abc import Mapping
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from engine.bench.breakdown import HF_MODES, REPEATS, Breakdown, Point, Series
+from engine.bench.timing import HIGH_SPREAD
+
+_MISSING = "-"
+
+
+def print_breakdown(breakdown: Breakdown, console: Console) -> None:
+    """Prints it; a high spread is marked ``!``."""
+    comparison, points = breakdown.comparison, breakdown.points
+    table = Table(
+        title=f"One decode step of {comparison.batch_size} sequences: {comparison.model.name}, "
+        f"{breakdown.environment['dtype']} on {breakdown.environment['device_name']}",
+        box=box.HORIZONTALS,
+        padding=(0, 1, 0, 0),
+    )
+    for heading in ("shared", "mode", "rounds", "ms", "spread", "ratio", "spread", ""):
+        table.add_column(heading, justify="left" if heading in ("mode", "") else "right")
+    shown: list[Series] = []
+    for point in points:
+        figures = point.figures()
+        held_against = _held_against(point, figures)
+        for i, mode in enumerate(comparison.modes):
+            step = figures.get(f"{mode}_ms")
+            ratio, spec, what = held_against.get(mode, (None, "", ""))
+            shown += [series for series in (step, ratio) if series is not None]
+            table.add_row(
+                "" if i else str(point.num_shared),  # a length's first row names it
+                mode,
+                str(len(step.values)) if step else _MISSING,
+                _step(step),
+                _spread(step),
+                format(ratio.median, spec) if ratio else _MISSING,
+                _spread(ratio),
+                what,
+            )
+        table.add_section()
+    console.print(table)
+    if any(series.high_spread for series in shown):
+        console.print(f"! rounds vary by more than {HIGH_SPREAD:.0%}: differences of that size may be noise")
+    for point in points:
+        for mode, failure in point.failures.items():
+            console.print(f"shared {point.num_shared}, {mode}: {failure}", soft_wrap=True)
+    console.print(
+        f"All modes ran in one process with {breakdown.environment['num_threads']} threads, taking turns. Steps and "
+        "ratios are medians of the rounds, ratios of times of the same round.",
+        soft_wrap=True,
+    )
+    console.print(
+        f"Alone: warm, contiguous, best of {REPEATS} in each round, the best of them shown. "
+        f"This machine reads {max(max(point.read_gbs) for point in points):.1f} GB/s at most, as measured in this run.",
+        soft_wrap=True,
+    )
+
+
+def _held_against(point: Point, figures: Mapping[str, Series]) -> dict[str, tuple[Series | None, str, str]]:
+    """For each mode that is held against something the ratio, how that is printed, and what it says."""
+    matmul_ms, prefix_ms = min(point.matmul_alone_ms), min(point.prefix_alone_ms)
+    return {
+        "noattention": (
+            figures.get("noattention_per_matmul"),
+            ".2f",
+            f"x its matrix products alone, {matmul_ms:.1f} ms",
+        ),
+        "hydragen": (
+            figures.get("added_per_prefix"),
+            ".2f",
+            f"x prefix attention alone, {prefix_ms:.1f} ms: what attention adds, {_median(figures, 'added_ms')} ms",
+        ),
+        "hydragen_noshared": (
+            figures.get("noshared_per_read"),
+            ".0%",
+            f"of the read limit: its keys and values at {_median(figures, 'noshared_gbs')} GB/s",
+        ),
+        **{mode: (figures.get(f"{mode}_per_hydragen"), ".1f", "x hydragen") for mode in HF_MODES},
+    }
+
+
+def _median(figures: Mapping[str, Series], name: str) -> str:
+    return f"{figures[name].median:.1f}" if name in figures else _MISSING
+
+
+def _step(step: Series | None) -> str:
+    if step is None:
+        return _MISSING
+    return f"{step.median:.1f}" if step.median > 0 else "lost in noise"
+
+
+def _spread(series: Series | None) -> str:
+    if series is None or series.spread is None:
+        return _MISSING
+    return f"{series.spread:.1%}" + (" !" if series.high_spread else "")
