@@ -8,8 +8,8 @@ _kernels = find_spec("kernels")
 if _kernels is None or not (Path(_kernels.origin or "").parent / "segment.py").is_file():
     raise ImportError(
         "the package 'kernels' that Python finds is not this project's "
-        f"({_kernels.origin if _kernels else 'there is none'}); uninstall the other one (pip uninstall kernels), or put "
-        "this project's root first (PYTHONPATH=.)"
+        f"({_kernels.origin if _kernels else 'there is none'}); uninstall the other one (pip uninstall kernels), or "
+        "put this project's root first (PYTHONPATH=.)"
     )
 
 _PUBLIC = {

@@ -234,8 +234,8 @@ def _notice_emulation(dtype: torch.dtype, device: torch.device) -> None:
     """Says on stderr when ``dtype`` is slow on the device: what it then takes would look like a fault of ours."""
     if device.type == "cuda" and dtype == torch.float32:
         print(
-            "notice: PyTorch's flash attention on CUDA has no float32; attention runs the plain reference, which is for "
-            "tests and very slow: --dtype bfloat16",
+            "notice: PyTorch's flash attention on CUDA has no float32; attention runs the plain reference, which is "
+            "for tests and very slow: --dtype bfloat16",
             file=sys.stderr,
         )
     if device.type == "cpu" and dtype != torch.float32 and read_cpu().has_bf16 is False:

@@ -42,8 +42,8 @@ class EngineMode:
         )
         if sizes[0] != self._batch_size:  # what was timed is not the cell
             raise InputError(
-                f"memory has room for {sizes[0]} of {self._batch_size} sequences at once; accepted: all of them, or the "
-                "time would be that of smaller batches; use a smaller one or more ranks"
+                f"memory has room for {sizes[0]} of {self._batch_size} sequences at once; accepted: all, or the time "
+                "would be that of smaller batches; use a smaller one or more ranks"
             )
 
     def release(self) -> None:

@@ -80,8 +80,9 @@ class HFMode:
 def _rewind(cache: transformers.StaticCache, length: int) -> None:
     """Back to the first ``length`` tokens; the library can only go back to none."""
     for layer in cache.layers:
-        layer.keys[:, :, length:], layer.values[:, :, length:] = 0, 0  # the length in versions that count what is filled
-        if hasattr(layer, "cumulative_length"):  # and in those that keep it
+        layer.keys[:, :, length:] = 0  # some versions count what is filled
+        layer.values[:, :, length:] = 0
+        if hasattr(layer, "cumulative_length"):  # others keep the number
             layer.cumulative_length.fill_(length)
 
 
