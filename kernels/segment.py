@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Segment:
-    """Row ``r`` lets queries ``q_offsets[r] : q_offsets[r + 1]`` attend to the ``k_lens[r]`` keys from ``k_starts[r]`` on.
+    """Row ``r`` lets queries ``q_offsets[r] : q_offsets[r + 1]`` attend to ``k_lens[r]`` keys from ``k_starts[r]`` on.
 
     Rows cover all T queries in order; a row without keys has length 0. With ``causal`` the mask is aligned
     bottom-right: the last query of a row sees all of the row's keys, the one before it all but the last, and so on.

@@ -30,7 +30,10 @@ def generate(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Where the completions go, if not to the terminal.")] = None,
     jsonl: Annotated[bool, typer.Option("--jsonl", help="JSON lines rather than text.")] = False,
-    n: Annotated[int, typer.Option(help="Completions of each prompt.")] = 1,
+    # torchrun takes the beginnings of its own options for itself, wherever they stand: --n would be one.
+    n: Annotated[
+        int, typer.Option("--num-samples", "--n", help="Completions of each prompt; --n only without torchrun.")
+    ] = 1,
     max_tokens: Annotated[int, typer.Option(help="New tokens of each completion at most.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this much probability.")] = 1.0,
@@ -58,7 +61,7 @@ def generate(
 
     \b
     Examples:
-      python scripts/run.py path/to/model --prompts "Harry Potter is" --n 4 --max-tokens 32
+      python scripts/run.py path/to/model --prompts "Harry Potter is" --num-samples 4 --max-tokens 32
       python scripts/run.py path/to/model --prompts "A story. " --prompts "Once |Never " --prompts "I|you|he|she"
       python scripts/run.py path/to/model --prompt-file questions.txt --jsonl --output answers.jsonl --temperature 0
       torchrun --standalone --nproc_per_node=2 scripts/run.py path/to/model --tp-dir shards --prompt-file questions.txt

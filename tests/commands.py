@@ -2,6 +2,8 @@
 
 import importlib.util
 import io
+import os
+import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -43,6 +45,14 @@ class Command:
         ):
             run(self.module.app)
         return Done(ended.value.code or 0, stdout.getvalue(), stderr.getvalue())
+
+
+def torchrun(*arguments: object, num_ranks: int = 2) -> subprocess.CompletedProcess:
+    """``torchrun`` with real processes, for what only they can show."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*launcher, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def load(path: str) -> ModuleType:

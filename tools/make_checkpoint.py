@@ -46,6 +46,11 @@ def main(
     """Write a preset as a Hugging Face-format checkpoint with random weights.
 
     The weights equal those of --load-format dummy with the same seed, bit for bit.
+
+    \b
+    Examples:
+      python tools/make_checkpoint.py tiny models/tiny
+      python tools/make_checkpoint.py codellama/CodeLlama-7b-hf models/7b-2-layers --num-layers 2 --dtype bfloat16
     """
     config = find_preset(preset)
     if config is None:

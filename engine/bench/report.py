@@ -30,7 +30,7 @@ class Row:
     vs_noattention: float | None
     vs_noshared: float | None  # hydragen_noshared
     vs_hf: float | None
-    hf_threads: tuple[int, int] | None = None  # in all, of this cell and of hf's, where no ratio is fair for that
+    unfair_to_hf: tuple[int, int, str] | None = None  # this cell's and hf's numbers of threads or devices, if unequal
 
     @property
     def spread(self) -> float | None:
@@ -48,17 +48,17 @@ def build_rows(results: Iterable[CellResult]) -> list[Row]:
     A baseline is a cell of the same sweep, model, device and dtype, at the same batch size and lengths. ``noattention``
     does not depend on the shared length, so any one with the same batch size and unique length serves where that of
     the same shared length was not run. The engine's own baselines must have run on as many ranks; ``hf`` need not: it
-    runs in one process. On a CPU that must have had as many threads as all ranks together, or there is no ratio.
+    runs in one process. But it must have had as many threads as all ranks together, or devices, or there is no ratio.
     """
     results = sorted(results, key=_order)
     by_point: dict[tuple[object, ...], float] = {}
-    hf_threads: dict[tuple[object, ...], int | None] = {}
+    hf_sizes: dict[tuple[object, ...], tuple[int, str] | None] = {}
     ceilings: dict[tuple[object, ...], float] = {}
     for result in results:
         if result.tokens_per_second is not None:
             by_point[_point(result, result.cell.mode)] = result.tokens_per_second
             if result.cell.mode == "hf":
-                hf_threads[_point(result, "hf")] = _cpu_threads(result)
+                hf_sizes[_point(result, "hf")] = _size(result)
             if result.cell.mode == "noattention":
                 ceilings.setdefault(_ceiling_point(result), result.tokens_per_second)
 
@@ -66,9 +66,11 @@ def build_rows(results: Iterable[CellResult]) -> list[Row]:
         speed = result.tokens_per_second
         return None if speed is None or baseline is None else speed / baseline
 
-    def unfair(result: CellResult) -> tuple[int, int] | None:
-        ours, theirs = _cpu_threads(result), hf_threads.get(_point(result, "hf"))
-        return None if ours is None or theirs is None or ours == theirs else (ours, theirs)
+    def unfair(result: CellResult) -> tuple[int, int, str] | None:
+        ours, theirs = _size(result), hf_sizes.get(_point(result, "hf"))
+        if ours is None or theirs is None or ours == theirs or result.cell.mode.startswith("vllm"):
+            return None
+        return ours[0], theirs[0], ours[1]
 
     return [
         Row(
@@ -78,7 +80,7 @@ def build_rows(results: Iterable[CellResult]) -> list[Row]:
             ),
             vs_noshared=against(result, by_point.get(_point(result, "hydragen_noshared"))),
             vs_hf=None if unfair(result) else against(result, by_point.get(_point(result, "hf"))),
-            hf_threads=unfair(result),
+            unfair_to_hf=unfair(result),
         )
         for result in results
     ]
@@ -109,11 +111,12 @@ def _num_ranks(result: CellResult) -> int:
     return world_size if isinstance(world_size, int) else 1
 
 
-def _cpu_threads(result: CellResult) -> int | None:
-    """Threads of all ranks together; None on another device, where they decide nothing, and where they are unknown."""
-    threads = result.environment.get("num_threads")
-    on_cpu = result.environment.get("device") == "cpu"
-    return threads * _num_ranks(result) if on_cpu and isinstance(threads, int) else None
+def _size(result: CellResult) -> tuple[int, str] | None:
+    """What the result ran on, all ranks together: threads of a CPU, or devices. None where that is unknown."""
+    device, threads = (result.environment.get(name) for name in ("device", "num_threads"))
+    if device != "cpu":
+        return None if device is None else (_num_ranks(result), "device")
+    return (threads * _num_ranks(result), "thread") if isinstance(threads, int) else None
 
 
 def _point(result: CellResult, mode: str) -> tuple[object, ...]:
@@ -142,8 +145,9 @@ def print_table(rows: Sequence[Row], console: "Console") -> None:
         _print_comparison(f"{title}, from {sweep}" if sweep else title, members, console)
     if any(row.result.high_spread for row in rows):
         console.print(f"! times vary by more than {HIGH_SPREAD:.0%}: differences of that size may be noise")
-    for ours, theirs in sorted({row.hf_threads for row in rows if row.hf_threads}):
-        console.print(f"no ratio to hf where it ran with {theirs} threads and the mode with {ours} in all: equal them")
+    for ours, theirs, what in sorted({row.unfair_to_hf for row in rows if row.unfair_to_hf}):
+        fewer = f"it ran with {theirs} {what}(s) and the mode with {ours} in all"
+        console.print(f"no ratio to hf where {fewer}: equal them")
     for row in rows:
         if row.result.status != Status.OK and row.result.message:
             where = row.result.cell.path(Path())

@@ -63,6 +63,7 @@ def run_sweep(sweep: Sweep, group: TPGroup, console: Console) -> None:
     """
     say = partial(console.print, soft_wrap=True)
     config = sweep.model.config()
+    _check_lengths(sweep, config)
     todo = group.on_rank_0(lambda: _unfinished(sweep, config, _num_ranks(sweep, group), group.device.type))
     skipped = len(sweep.cells) - len(todo)
     if skipped:
@@ -89,6 +90,7 @@ def print_plan(sweep: Sweep, num_ranks: int, console: Console) -> None:
     elsewhere.
     """
     config = sweep.model.config()
+    _check_lengths(sweep, config)
     todo = set(_unfinished(sweep, config, num_ranks))
     title = f"{sweep.mode}: {sweep.model.name}, {dtype_name(config.dtype)}, {num_ranks} rank(s); GiB per rank"
     table = Table(title=title)
@@ -122,6 +124,16 @@ def _unfinished(sweep: Sweep, config: ModelConfig, num_ranks: int, device: str |
                 )
             _check_ranks(sweep, result, num_ranks, device)
     return [cell for cell in sweep.cells if not is_finished(sweep.outdir, cell)]
+
+
+def _check_lengths(sweep: Sweep, config: ModelConfig) -> None:
+    """Raises InputError when no cell can run, whatever the machine. One that is too long among others is recorded."""
+    shortest, positions = min(_length(cell) for cell in sweep.cells), config.max_position_embeddings
+    if shortest > positions:
+        raise InputError(
+            f"NUM_SHARED and NUM_UNIQUE make {shortest} tokens a sequence at least; accepted: at most {positions}, the "
+            "model's positions; use shorter ones"
+        )
 
 
 def _check_ranks(sweep: Sweep, result: CellResult, num_ranks: int, device: str | None) -> None:

@@ -70,13 +70,20 @@ def test_a_negative_number(refused, place):
     refused(arguments, "No such option: -1 (a number cannot be negative here); see python scripts/synth.py --help")
 
 
-def test_a_sequence_that_cannot_fit_anywhere_is_no_mistake(tmp_path):
+def test_sequences_of_which_none_can_fit(refused):
+    refused(
+        [2**31 - 1, 2**31 - 1, 2**31 - 1],
+        "make 4294967294 tokens a sequence at least; accepted: at most 4096, the model's positions",
+    )
+
+
+def test_a_sequence_too_long_among_others_is_no_mistake(tmp_path):
     """It is a cell that is recorded as such."""
-    arguments = (tmp_path, 2**31 - 1, 2**31 - 1, 2**31 - 1, "--model-name", "tiny", "--load-format", "dummy")
+    arguments = (tmp_path, 2, f"8,{2**31 - 1}", 2, "--model-name", "tiny", "--load-format", "dummy")
     assert "too long" in synth(*arguments, "--dry-run").stdout
     done = synth(*arguments)
     assert done.status == 0
-    assert "4294967294 tokens a sequence; the model has 4096 positions" in done.stderr
+    assert "2147483649 tokens a sequence; the model has 4096 positions" in done.stderr
 
 
 @pytest.mark.parametrize(

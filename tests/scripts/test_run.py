@@ -4,7 +4,7 @@ import threading
 import pytest
 import torch
 from checkpoints import save_tiny
-from commands import Command, assert_mistake
+from commands import Command, assert_mistake, torchrun
 from ranks import run_ranks
 
 from engine import LLM, PromptLevels, SamplingParams
@@ -40,7 +40,8 @@ def records(stdout: str) -> list[dict]:
 
 class TestPrompts:
     def test_levels(self, complete, llm):
-        done = complete("--prompts", "A story. ", "--prompts", "Once |Never ", "--prompts", "I|you|he|she", "--n", 2)
+        levels = ("--prompts", "A story. ", "--prompts", "Once |Never ", "--prompts", "I|you|he|she")
+        done = complete(*levels, "--num-samples", 2)
         assert (done.status, done.stderr) == (0, "")
         levels = PromptLevels([["A story. "], ["Once ", "Never "], ["I", "you", "he", "she"]])
         assert done.stdout == in_text(llm.generate(levels, SamplingParams(n=2, max_tokens=4)))
@@ -150,6 +151,13 @@ class TestOptions:
 
         run_ranks(2, work)
         assert (tmp_path / "o.txt").read_text() == expected
+
+
+    def test_in_two_processes(self, complete, model):
+        arguments = ("--prompts", "one|two", "--num-samples", 2)
+        done = torchrun("scripts/run.py", model, "--max-tokens", 4, "--device", "cpu", *arguments)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == complete(*arguments).stdout
 
 
 class TestMistakes:

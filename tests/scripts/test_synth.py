@@ -1,13 +1,10 @@
 """What the command adds to ``engine.bench.synth``, and the whole of it on two ranks."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from checkpoints import save_tiny
-from commands import ROOT, Command, assert_mistake
+from commands import Command, assert_mistake, torchrun
 
 from engine.bench import synth as sweeps
 from engine.bench.results import Status, read_results
@@ -26,13 +23,6 @@ def known_ceilings(monkeypatch):
 @pytest.fixture
 def out(tmp_path):
     return tmp_path / "out"
-
-
-def torchrun(*arguments: object) -> subprocess.CompletedProcess:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [*launcher, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def test_the_table_goes_to_stdout_and_the_rest_to_stderr(out):

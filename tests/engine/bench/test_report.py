@@ -84,15 +84,17 @@ CPU = {"device": "cpu", "num_threads": 1}
         ({"num_threads": 2}, 20),  # as many as both ranks together
         ({"num_threads": 1}, None),
         ({"num_threads": 8}, None),
-        ({"num_threads": 8, "device": "cuda"}, 20),  # threads decide nothing there
+        ({"num_threads": 8, "device": "cuda", "world_size": 2}, 20),  # threads decide nothing there
+        ({"num_threads": 8, "device": "cuda"}, None),
     ],
 )
-def test_hf_is_compared_with_as_many_threads_only(env, ratio):
+def test_hf_is_compared_with_as_many_threads_or_devices_only(env, ratio):
     ours = CPU | {"world_size": 2, "device": env.get("device", "cpu")}
     rows = build_rows([result("hydragen", 1000, env=ours), result("hf", 50, env=CPU | {"world_size": 1} | env)])
     assert rows[0].vs_hf == (None if ratio is None else pytest.approx(ratio))
     assert rows[1].vs_hf == 1
-    note = f"no ratio to hf where it ran with {env['num_threads']} threads and the mode with 2 in all"
+    what = "1 device(s)" if "device" in env else f"{env['num_threads']} thread(s)"
+    note = f"no ratio to hf where it ran with {what} and the mode with 2 in all"
     assert (note in table(rows)) == (ratio is None)
 
 
