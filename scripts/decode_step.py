@@ -29,7 +29,7 @@ def decode_step(
     batch_size: Annotated[int, typer.Option(min=1, help="Completions at once.")] = 64,
     shared: Annotated[str, typer.Option(help="Tokens of the shared prompt: a range.")] = "1024,4096",
     unique: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 16,
-    num_iters: Annotated[int, typer.Option(min=1, help="Rounds; each times every mode once.")] = 5,
+    num_iters: Annotated[int, typer.Option(min=1, help="Rounds; each times every mode once.")] = 7,
     hf_iters: Annotated[
         int, typer.Option(min=1, help="Rounds that hf takes part in, the first ones, of --num-iters: it is slow.")
     ] = 2,

@@ -43,6 +43,7 @@ SCHEMA_VERSION = 1
 FILE_NAME = "breakdown.yaml"
 
 REPEATS = 20
+_WARM_UP_TOKENS = 4  # of each mode in each round
 _READ_SECONDS = 0.3  # a round's measurement of the machine's ceilings
 
 
@@ -290,6 +291,8 @@ class _Runner:
         # A library that a mode loads or calls could change the process's number, and a ratio would not be fair.
         threads = torch.get_num_threads()
         assert threads == self.environment["num_threads"], f"{threads} threads, not the same for all modes"
+        if name != "hf":  # the mode before has left other data in the caches
+            self._modes[name].generate(min(_WARM_UP_TOKENS, point.num_unique))
         every, first = (self._time(name, num_tokens) for num_tokens in (point.num_unique, 1))
         point.decode_ms.setdefault(name, []).append(every)
         point.first_token_ms.setdefault(name, []).append(first)
