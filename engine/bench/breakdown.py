@@ -31,7 +31,6 @@ from engine.config import ModelConfig
 from engine.distributed import TPGroup
 from engine.errors import InputError
 from engine.files import check_outdir, write_whole
-from engine.loader import load_model
 from engine.memory import available_bytes, is_out_of_memory
 from engine.model import Transformer
 from engine.progress import progress_bar
@@ -202,15 +201,7 @@ class _Runner:
     def __init__(self, comparison: Comparison, config: ModelConfig, group: TPGroup):
         self._comparison, self._config, self._group = comparison, config, group
         options = comparison.model
-        self._model: Transformer = load_model(
-            options.name,
-            group,
-            tp_dir=options.tp_dir,
-            load_format=options.load_format,
-            dtype=options.dtype,
-            revision=options.revision,
-            seed=options.seed,
-        ).model
+        self._model = options.load(group)
         self._modes: dict[str, Mode] = {
             name: EngineMode(name, self._model)
             if name in METHODS

@@ -17,6 +17,7 @@ from engine.config import ModelConfig
 from engine.distributed import TPGroup
 from engine.errors import InputError
 from engine.loader import load_model, read_config
+from engine.model import Transformer
 
 # Other systems, and the library that each needs; the extra that installs it has the library's name.
 EXTERNAL_MODES = {"hf": "transformers", "hf_static": "transformers", "vllm": "vllm", "vllm_notok": "vllm"}
@@ -40,6 +41,18 @@ class ModelOptions:
         return read_config(
             self.name, tp_dir=self.tp_dir, load_format=self.load_format, dtype=self.dtype, revision=self.revision
         )
+
+    def load(self, group: TPGroup) -> Transformer:
+        """This rank's part of the model."""
+        return load_model(
+            self.name,
+            group,
+            tp_dir=self.tp_dir,
+            load_format=self.load_format,
+            dtype=self.dtype,
+            revision=self.revision,
+            seed=self.seed,
+        ).model
 
 
 class Mode(Protocol):
@@ -95,16 +108,7 @@ def make_mode(name: str, options: ModelOptions, group: TPGroup, tp: int | None, 
     if name in METHODS:
         from engine.bench.engine_mode import EngineMode
 
-        loaded = load_model(
-            options.name,
-            group,
-            tp_dir=options.tp_dir,
-            load_format=options.load_format,
-            dtype=options.dtype,
-            revision=options.revision,
-            seed=options.seed,
-        )
-        return EngineMode(name, loaded.model)
+        return EngineMode(name, options.load(group))
     if name in HF_MODES:
         from engine.bench.hf_mode import HFMode
 

@@ -103,6 +103,23 @@ def filled(config, num_slots):
     return cache
 
 
+def resize_in_vain(cache, num_slots, monkeypatch):
+    """Memory fails in the middle of the second layer."""
+    arena_of, num_left = KVCache._arena, 3
+
+    def fails(self, num_slots):
+        nonlocal num_left
+        num_left -= 1
+        if num_left < 0:
+            raise MemoryError
+        return arena_of(self, num_slots)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KVCache, "_arena", fails)
+        with pytest.raises(MemoryError):
+            cache.resize(num_slots)
+
+
 def test_slots_are_finite_before_they_are_written(config):
     cache = KVCache(config, 2, 5, torch.bfloat16, torch.device("cpu"))
     for keys, values in contents(cache, config):
@@ -136,19 +153,7 @@ def test_growing_keeps_what_there_is(config):
 def test_cutting_keeps_what_is_left(config, monkeypatch):
     cache = filled(config, 9)
     before = contents(cache, config)
-    arena_of, num_left = KVCache._arena, 3
-
-    def fails(self, num_slots):
-        nonlocal num_left
-        num_left -= 1
-        if num_left < 0:
-            raise MemoryError
-        return arena_of(self, num_slots)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(KVCache, "_arena", fails)
-        with pytest.raises(MemoryError):
-            cache.resize(4)
+    resize_in_vain(cache, 4, monkeypatch)
     for num_slots in (4, 6):
         cache.resize(num_slots)
         assert cache.num_slots == num_slots
@@ -160,19 +165,7 @@ def test_cutting_keeps_what_is_left(config, monkeypatch):
 def test_growing_that_failed_midway_can_be_tried_again(config, monkeypatch):
     cache = filled(config, 4)
     before = contents(cache, config)
-    arena_of, num_left = KVCache._arena, 3
-
-    def fails(self, num_slots):
-        nonlocal num_left
-        num_left -= 1
-        if num_left < 0:
-            raise MemoryError
-        return arena_of(self, num_slots)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(KVCache, "_arena", fails)
-        with pytest.raises(MemoryError):
-            cache.resize(9)
+    resize_in_vain(cache, 9, monkeypatch)
     assert cache.num_slots == 4
     for keys, values in contents(cache, config):
         assert keys.shape == values.shape, "attention reads both by the same strides"

@@ -392,7 +392,7 @@ TINY = ("--model-name", "tiny", "--shared", "8")
 
 @pytest.fixture
 def nothing_is_loaded(monkeypatch):
-    monkeypatch.setattr(breakdown, "load_model", None)
+    monkeypatch.setattr(ModelOptions, "load", None)
 
 
 def test_several_ranks_are_refused(tmp_path, nothing_is_loaded):
