@@ -57,7 +57,7 @@ def generate(
     """Generate completions. Prompts that begin alike share what they have in common: it is computed and read once.
 
     Levels divide evenly: with 1 prompt at the first, 2 at the second and 6 at the third level, each of the second has
-    3 of the third below it, and there are 6 completions (times --n).
+    3 of the third below it, and there are 6 completions (times --num-samples).
 
     \b
     Examples:
