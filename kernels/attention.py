@@ -11,7 +11,7 @@ from enum import StrEnum
 
 import torch
 
-from kernels import attention_cpu, attention_cuda, reference
+from kernels import attention_aten, attention_cuda, attention_simd, reference, simd
 from kernels.merge import merge_states
 from kernels.segment import Segment
 
@@ -19,6 +19,7 @@ from kernels.segment import Segment
 class Backend(StrEnum):
     """What evaluates a segment."""
 
+    SIMD_CPU = "simd_cpu"  # vector code compiled for the CPU at hand
     ATEN_CPU = "aten_cpu"  # torch's flash attention for CPU
     ATEN_CUDA = "aten_cuda"  # torch's FlashAttention-2 with sequence tables
     REFERENCE = "reference"  # plain PyTorch, any device and dtype; slow
@@ -26,8 +27,9 @@ class Backend(StrEnum):
 
 def available_backends(device: torch.device, dtype: torch.dtype) -> tuple[Backend, ...]:
     """The backends that can run on ``device`` in ``dtype``, best first."""
-    if device.type == "cpu" and dtype in attention_cpu.DTYPES:
-        return (Backend.ATEN_CPU, Backend.REFERENCE)
+    if device.type == "cpu" and dtype in attention_aten.DTYPES:
+        compiled = (Backend.SIMD_CPU,) if simd.host() and dtype in attention_simd.DTYPES else ()
+        return (*compiled, Backend.ATEN_CPU, Backend.REFERENCE)
     if device.type == "cuda" and dtype in attention_cuda.DTYPES:
         return (Backend.ATEN_CUDA, Backend.REFERENCE)
     return (Backend.REFERENCE,)
@@ -60,7 +62,8 @@ class PlannedSegment:
             )
         self.num_queries = segment.num_queries
         make = {
-            Backend.ATEN_CPU: attention_cpu.CpuSegment,
+            Backend.SIMD_CPU: attention_simd.SimdSegment,
+            Backend.ATEN_CPU: attention_aten.AtenSegment,
             Backend.ATEN_CUDA: lambda s: attention_cuda.CudaSegment(s, device),
             Backend.REFERENCE: _ReferenceSegment,
         }

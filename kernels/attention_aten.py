@@ -18,11 +18,6 @@ from kernels.segment import Segment
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-# Of rows with so few keys ATen's call is mostly what it spends on each row and head; from so many of these on, two
-# batched products in float32 take half as long: 0.18 ms instead of 0.33 for 64 rows of 4 KV heads, 15 keys of 64.
-_FEW_KEYS = 16
-_MANY_HEADS = 64
-
 # One call costs as much as reading about this many keys of one row (30 us against some 20 GB/s, 4 KV heads of 64).
 _CALL_IN_KEYS = 512
 
@@ -66,8 +61,7 @@ class _Call:
         mask = None
         if self.mask_NL is not None:
             mask = self.mask_NL.to(q.dtype)[:, None, None, :].expand(N, 1, Lq * G, Lk)
-        attend = _products if Lk <= _FEW_KEYS and N * Hkv >= _MANY_HEADS else _flash_dense
-        out_NHMD, lse_NHM = attend(q_NHMD, k_NHLD, v_NHLD, mask, scale)
+        out_NHMD, lse_NHM = _flash(q_NHMD, k_NHLD, v_NHLD, 0.0, False, attn_mask=mask, scale=scale)
         out = out_NHMD.view(N, Hkv, Lq, G, D).transpose(1, 2).reshape(N * Lq, Hq, D)
         lse = lse_NHM.view(N, Hkv, Lq, G).transpose(1, 2).reshape(N * Lq, Hq)
         return out, lse
@@ -83,23 +77,7 @@ class _Call:
         )
 
 
-def _flash_dense(q_NHMD, k_NHLD, v_NHLD, mask, scale):
-    return _flash(q_NHMD, k_NHLD, v_NHLD, 0.0, False, attn_mask=mask, scale=scale)
-
-
-def _products(q_NHMD, k_NHLD, v_NHLD, mask, scale):
-    """Attention as its definition has it, in float32: for few keys only, which it copies."""
-    N, H, M, D = q_NHMD.shape
-    q, k, v = (x.float().reshape(N * H, -1, D) for x in (q_NHMD, k_NHLD, v_NHLD))
-    scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale).view(N, H, M, -1)
-    if mask is not None:
-        scores += mask
-    lse_NHM = scores.logsumexp(-1)
-    weights = scores.sub_(lse_NHM.unsqueeze(-1)).exp_()
-    return torch.bmm(weights.view(N * H, M, -1), v).view(N, H, M, D), lse_NHM
-
-
-class CpuSegment:
+class AtenSegment:
     """A segment as a list of ATen calls."""
 
     def __init__(self, segment: Segment):

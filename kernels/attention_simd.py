@@ -1,0 +1,398 @@
+"""Segments on CPU, in vector code of our own: FlashAttention-2's loop (arXiv:2307.08691) over a table of tasks.
+
+A task is some queries of one row and one KV head against the row's keys. Its query heads of one group are so many more
+rows of the same products, so keys are read once for all of them. Keys and values pass in blocks that fit the nearest
+cache, where keys are laid down transposed; scores of ``R`` rows by a few vectors of keys stay in registers.
+
+Products of bfloat16 use the CPU's own instruction for pairs where it has one, and round the probabilities to bfloat16;
+everything else is float32. Few queries a key leave a task bound by memory: it asks for the next block of keys and
+values while it works on the last.
+
+Shapes: T queries, S keys of the arena, Hq query heads, Hkv KV heads, G = Hq // Hkv, D head dimension, M rows of a
+task (its queries times G).
+"""
+
+import math
+from enum import IntEnum
+from functools import cache
+
+import numpy as np
+import torch
+
+from kernels import simd
+from kernels.merge import merge_states
+from kernels.segment import Segment
+from kernels.simd import Kernel, Pointer, Target, Value
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_BLOCK_KEYS = 64
+# Rows that a task holds at a time, their accumulators within reach of the second-level cache.
+_MAX_ROWS = 96
+# Up to so many rows, the memory's speed decides and the next block is asked for ahead of time.
+_MEMORY_BOUND_ROWS = 24
+# Keys are split between threads when rows and heads are too few, into parts of at least so many.
+_MIN_PART_KEYS = 512
+_TASKS_PER_THREAD = 4
+
+
+class Argument(IntEnum):
+    """The kernel's arguments. Strides are in elements; the last dimension's is 1."""
+
+    COUNTER = 0
+    NUM_TASKS = 1
+    TASKS = 2
+    Q = 3
+    K = 4
+    V = 5
+    OUT = 6  # (parts, T, Hq, D) float32
+    LSE = 7  # (parts, T, Hq) float32
+    Q_STRIDE = 8  # from token to token
+    K_STRIDE = 9
+    V_STRIDE = 10
+    K_HEAD_STRIDE = 11
+    V_HEAD_STRIDE = 12
+    GROUP = 13  # G
+    NUM_HEADS = 14  # Hq
+    SCALE = 15  # float32 in the lower half: the softmax's scale times log2(e)
+    COUNT = 16
+
+
+class Task(IntEnum):
+    """Columns of the task table."""
+
+    QUERY = 0  # first query
+    NUM_QUERIES = 1
+    HEAD = 2  # KV head
+    KEY = 3  # first key
+    NUM_KEYS = 4
+    VISIBLE = 5  # of these keys, how many the first query sees
+    VISIBLE_STEP = 6  # how many more each further query sees: 1 under a causal mask
+    OUT_ROW = 7  # row of OUT and LSE for the first query: T times the part, and the query
+    COUNT = 8
+
+
+class _Emitter:
+    """Writes the kernel for one dtype, head dimension and tile of ``R`` rows.
+
+    ``num_tiles``: of how many tiles a memory-bound task consists; 0 when tasks are bound by arithmetic.
+    """
+
+    def __init__(self, target: Target, dtype: torch.dtype, head_dim: int, tile_rows: int, num_tiles: int):
+        self.kernel = k = Kernel("attention", target)
+        self.W, self.D, self.R, self.num_tiles = target.lanes, head_dim, tile_rows, num_tiles
+        # Vectors side by side in a tile: R rows of them, what they are made of, and one more fill the registers.
+        self.columns = 4 if target.num_registers == 32 else 2
+        self.dtype = dtype
+        self.element = {torch.float32: simd.F32, torch.float16: simd.F16, torch.bfloat16: simd.I16}[dtype]
+        # A word is what one lane multiplies: a float32, or two neighbouring bfloat16.
+        self.in_pairs = dtype == torch.bfloat16 and target.has_bf16_pairs
+        self.word, self.per_word = (simd.I32, 2) if self.in_pairs else (simd.F32, 1)
+        self.D_words = -(-head_dim // self.per_word)
+        self.D_row = -(-head_dim // self.W) * self.W  # padded to whole vectors
+        self.D_words_row = -(-self.D_words // self.W) * self.W
+        self.block_words = _BLOCK_KEYS // self.per_word
+        rows = _MAX_ROWS + tile_rows
+        self.queries = k.array(self.word, rows * self.D_words_row)  # (M, words of D)
+        self.keys = k.array(self.word, self.D_words_row * _BLOCK_KEYS)  # (words of D, keys)
+        self.values = k.array(self.word, self.block_words * self.D_row)  # (words of keys, D)
+        self.probs = k.array(self.word, tile_rows * self.block_words)  # (R, words of keys)
+        self.out = k.array(simd.F32, rows * self.D_row)  # (M, D): the sum of exp2(score - max) * value
+        self.max = k.array(simd.F32, rows)  # of the scores so far, in base 2
+        self.sum = k.array(simd.F32, rows * self.W)  # of exp2(score - max), lane by lane
+        self.visible = k.array(simd.I32, rows)  # keys that a row sees
+
+    def emit(self) -> Kernel:
+        k = self.kernel
+        argument = k.arguments
+        self.group = argument[Argument.GROUP]
+        self.scale = argument.of(simd.F32)[2 * Argument.SCALE]
+        with k.claimed(k.pointer(Argument.COUNTER, simd.I64), argument[Argument.NUM_TASKS]) as index:
+            task = k.pointer(Argument.TASKS, simd.I64) + index * int(Task.COUNT)
+            k_start, num_queries = task[Task.KEY], task[Task.NUM_QUERIES]
+            last_visible = task[Task.VISIBLE] + task[Task.VISIBLE_STEP] * (num_queries - 1)
+            num_keys = task[Task.NUM_KEYS].minimum(last_visible)
+            k_rows = _Rows(self, Argument.K, task[Task.HEAD] * argument[Argument.K_HEAD_STRIDE], k_start, num_keys)
+            v_rows = _Rows(self, Argument.V, task[Task.HEAD] * argument[Argument.V_HEAD_STRIDE], k_start, num_keys)
+            rows_end = (num_queries * self.group + (self.R - 1)) // self.R * self.R
+            self._start(task, rows_end)
+            with k.range(0, num_keys, _BLOCK_KEYS) as first_key:
+                self._lay_down_keys(k_rows, first_key)
+                self._lay_down_values(v_rows, first_key)
+                with k.range(0, rows_end, self.R) as first_row:
+                    scores = self._scores(k_rows, first_key, first_row)
+                    rescale = self._softmax(scores, first_key, first_row)
+                    self._accumulate(rescale, v_rows, first_key, first_row)
+            self._finish(task)
+        return k
+
+    def _load_words(self, source: Pointer, word: int) -> Value:
+        """A vector of words of one row from word ``word`` on, zero past the head dimension."""
+        first = word * self.per_word
+        elements = source.load_padded(first, min(self.D - first, self.W * self.per_word), self.W * self.per_word)
+        return elements.reinterpret(simd.I32) if self.in_pairs else self._widen(elements)
+
+    def _widen(self, elements: Value) -> Value:
+        if self.dtype == torch.float32:
+            return elements
+        if self.dtype == torch.float16:
+            return elements.convert(simd.F32)
+        return (elements.convert(simd.I32) << 16).reinterpret(simd.F32)  # a bfloat16 is a float32's upper half
+
+    def _multiply_add(self, x: Value, y: Value, z: Value) -> Value:
+        return self.kernel.dot_pairs(z, x, y) if self.in_pairs else self.kernel.fma(x, y, z)
+
+    def _start(self, task: Pointer, rows_end: Value) -> None:
+        """Copies the task's queries, and begins with the empty state."""
+        k = self.kernel
+        q = k.pointer(Argument.Q, self.element) + task[Task.HEAD] * self.group * self.D
+        with k.range(0, rows_end) as row:
+            self.visible[row] = 0  # the rows that fill the last tile see nothing
+            self.max[row] = -math.inf
+            self.sum.store(row * self.W, k.constant(0, simd.F32, self.W))
+            for d in range(0, self.D_row, self.W):
+                self.out.store(row * self.D_row + d, k.constant(0, simd.F32, self.W))
+        with k.range(0, task[Task.NUM_QUERIES]) as query:
+            token = q + (task[Task.QUERY] + query) * k.arguments[Argument.Q_STRIDE]
+            visible = task[Task.VISIBLE] + task[Task.VISIBLE_STEP] * query
+            visible = visible.maximum(0).minimum(task[Task.NUM_KEYS])
+            with k.range(0, self.group) as head:
+                row = query * self.group + head
+                self.visible[row] = visible.convert(simd.I32)
+                for word in range(0, self.D_words_row, self.W):
+                    self.queries.store(row * self.D_words_row + word, self._load_words(token + head * self.D, word))
+
+    def _lay_down_keys(self, rows: "_Rows", first_key: Value) -> None:
+        """A block of keys, transposed: its words of dimension ``d`` side by side."""
+        with self.kernel.range(0, _BLOCK_KEYS, self.W) as key:
+            sources = [rows.at(first_key + key + lane) for lane in range(self.W)]
+            for word in range(0, self.D_words_row, self.W):
+                square = [self._load_words(source, word).reinterpret(simd.I32) for source in sources]
+                for i, column in enumerate(self.kernel.transpose(square)):
+                    self.keys.store(key + (word + i) * _BLOCK_KEYS, column.reinterpret(self.word))
+
+    def _lay_down_values(self, rows: "_Rows", first_key: Value) -> None:
+        """A block of values: as they are, or the rows of two keys woven into pairs."""
+        with self.kernel.range(0, self.block_words) as word:
+            sources = [rows.at(first_key + word * self.per_word + i) for i in range(self.per_word)]
+            for d in range(0, self.D_row, self.W):
+                count = min(self.D - d, self.W)
+                parts = [source.load_padded(d, count, self.W) for source in sources]
+                if self.in_pairs:
+                    lower, upper = (part.convert(simd.I32) for part in parts)
+                    vector = lower | (upper << 16)
+                else:
+                    vector = self._widen(parts[0])
+                self.values.store(word * self.D_row + d, vector)
+
+    def _scores(self, k_rows: "_Rows", first_key: Value, first_row: Value) -> list[list[Value]]:
+        """Queries times keys of one tile: for each of R rows, the block's vectors of keys."""
+        k = self.kernel
+        num_vectors = _BLOCK_KEYS // self.W
+        scores: list[list[Value]] = [[] for _ in range(self.R)]
+        for first in range(0, num_vectors, self.columns):
+            zero = k.constant(0, simd.F32, self.W)
+            sums = [[k.variable(zero) for _ in range(self.columns)] for _ in range(self.R)]
+            with k.range(0, self.D_words) as word:
+                if first == 0:
+                    k_rows.prefetch(first_key, first_row, word, self.D_words)
+                keys = [self.keys.load(word * _BLOCK_KEYS + (first + c) * self.W, self.W) for c in range(self.columns)]
+                for r in range(self.R):
+                    query = self.queries[(first_row + r) * self.D_words_row + word].spread()
+                    for c in range(self.columns):
+                        sums[r][c].value = self._multiply_add(query, keys[c], sums[r][c].value)
+            for r in range(self.R):
+                scores[r] += [s.value for s in sums[r]]
+        return scores
+
+    def _softmax(self, scores: list[list[Value]], first_key: Value, first_row: Value) -> list[Value]:
+        """Writes the tile's probabilities relative to the new maxima; returns what older sums of a row are worth."""
+        k = self.kernel
+        first_key = first_key.convert(simd.I32)
+        scale = self.scale.spread()
+        shifts, old = [], k.constant(0, simd.F32, self.W)
+        for r in range(self.R):
+            row = first_row + r
+            visible = (self.visible[row] - first_key).spread()
+            for c, score in enumerate(scores[r]):
+                scores[r][c] = (k.lane_indices() + c * self.W < visible).choose(score * scale, -math.inf)
+            best = scores[r][0]
+            for score in scores[r][1:]:
+                best = best.maximum(score)
+            best = best.reduce(Value.maximum).maximum(self.max[row])
+            # A row that has seen no key yet: any finite shift makes its probabilities 0.
+            shift = best.equals(-math.inf).choose(k.constant(0, simd.F32), best)
+            shifts.append(shift)
+            old = old.with_lane(r, self.max[row] - shift)
+            self.max[row] = best
+        old = k.exp2(old)
+        rescale = [old[r].spread() for r in range(self.R)]
+        for r in range(self.R):
+            shift = shifts[r].spread()
+            total = self.sum.load((first_row + r) * self.W, self.W) * rescale[r]
+            for c, score in enumerate(scores[r]):
+                prob = k.exp2(score - shift)
+                total = total + prob
+                if self.in_pairs:
+                    half = prob.convert(simd.BF16).reinterpret(simd.I16)
+                    self.probs.of(simd.I16).store(r * _BLOCK_KEYS + c * self.W, half)
+                else:
+                    self.probs.store(r * _BLOCK_KEYS + c * self.W, prob)
+            self.sum.store((first_row + r) * self.W, total)
+        return rescale
+
+    def _accumulate(self, rescale: list[Value], v_rows: "_Rows", first_key: Value, first_row: Value) -> None:
+        """``out = out * rescale + probabilities times values``, for one tile."""
+        k = self.kernel
+        for first in range(0, self.D_row // self.W, self.columns):
+            columns = range(first, min(first + self.columns, self.D_row // self.W))
+            places = [[(first_row + r) * self.D_row + c * self.W for c in columns] for r in range(self.R)]
+            sums = [
+                [k.variable(self.out.load(place, self.W) * rescale[r]) for place in places[r]] for r in range(self.R)
+            ]
+            with k.range(0, self.block_words) as word:
+                if first == 0:
+                    v_rows.prefetch(first_key, first_row, word, self.block_words)
+                values = [self.values.load(word * self.D_row + c * self.W, self.W) for c in columns]
+                for r in range(self.R):
+                    prob = self.probs[word + r * self.block_words].spread()
+                    for total, value in zip(sums[r], values, strict=True):
+                        total.value = self._multiply_add(prob, value, total.value)
+            for r in range(self.R):
+                for place, total in zip(places[r], sums[r], strict=True):
+                    self.out.store(place, total.value)
+
+    def _finish(self, task: Pointer) -> None:
+        """Writes the state: ``out / sum``, and the natural logarithm of ``sum * 2 ** max``."""
+        k = self.kernel
+        out, lse = k.pointer(Argument.OUT, simd.F32), k.pointer(Argument.LSE, simd.F32)
+        with k.range(0, task[Task.NUM_QUERIES]) as query, k.range(0, self.group) as head:
+            row = query * self.group + head
+            place = (task[Task.OUT_ROW] + query) * k.arguments[Argument.NUM_HEADS]
+            place = place + task[Task.HEAD] * self.group + head
+            total = self.sum.load(row * self.W, self.W).reduce(Value.__add__)
+            is_empty = total.equals(0.0)
+            inverse = is_empty.choose(total, 1.0 / total).spread()
+            for d in range(0, self.D_row, self.W):
+                normalised = self.out.load(row * self.D_row + d, self.W) * inverse
+                (out + place * self.D).store(d, normalised, min(self.D - d, self.W))
+            natural = self.max[row] * math.log(2) + k.log(total)
+            lse[place] = is_empty.choose(k.constant(-math.inf, simd.F32), natural)
+
+
+class _Rows:
+    """The rows of the arena that a task reads, of one KV head."""
+
+    def __init__(self, emitter: _Emitter, argument: Argument, head_offset: Value, start: Value, count: Value):
+        k = emitter.kernel
+        stride = {Argument.K: Argument.K_STRIDE, Argument.V: Argument.V_STRIDE}[argument]
+        self._emitter, self._stride = emitter, k.arguments[stride]
+        self._base = k.pointer(argument, emitter.element) + head_offset + start * self._stride
+        self._last = count - 1
+
+    def at(self, row: Value) -> Pointer:
+        """Row ``row``; the last one in place of those past it, which may not be read, and whose scores are masked."""
+        return self._base + row.minimum(self._last) * self._stride
+
+    def prefetch(self, first_key: Value, first_row: Value, step: Value, num_steps: int) -> None:
+        """In step ``step`` of a tile's loop, asks for its part of the next block, so that requests come evenly."""
+        e = self._emitter
+        if not e.num_tiles:
+            return
+        per_row = -(-e.D * e.dtype.itemsize // 64)  # cache lines
+        per_step = -(-_BLOCK_KEYS * per_row // (num_steps * e.num_tiles))
+        for i in range(per_step):
+            line = (first_row // e.R * num_steps + step) * per_step + i
+            row = first_key + line // per_row + _BLOCK_KEYS
+            (self._base + row * self._stride).prefetch(line % per_row * (64 // e.dtype.itemsize))
+
+
+@cache
+def _compiled(target: Target, dtype: torch.dtype, head_dim: int, tile_rows: int, num_tiles: int) -> simd.CompiledKernel:
+    return _Emitter(target, dtype, head_dim, tile_rows, num_tiles).emit().compile()
+
+
+class SimdSegment:
+    """A segment as tables of tasks, made when the first layer tells the head counts."""
+
+    def __init__(self, segment: Segment, target: Target | None = None):
+        self.segment = segment
+        self.target = target or simd.host()
+        self._tables: dict[tuple[int, int, int], _Table] = {}
+
+    def run(self, q_THD, k_SHD, v_SHD, scale):
+        T, Hq, D = q_THD.shape
+        Hkv = k_SHD.shape[1]
+        num_threads = torch.get_num_threads()
+        table = self._tables.get((Hq, Hkv, num_threads))
+        if table is None:
+            table = self._tables[Hq, Hkv, num_threads] = _Table(self.segment, Hkv, Hq // Hkv, num_threads)
+        out = torch.empty(table.num_parts, T, Hq, D, dtype=torch.float32)
+        lse = torch.empty(table.num_parts, T, Hq, dtype=torch.float32)
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_THD, k_SHD, v_SHD))
+        if q.stride(1) != D:
+            q = q.contiguous()
+        counter = np.zeros(1, dtype=np.int64)
+        arguments = np.empty(Argument.COUNT, dtype=np.int64)
+        arguments[: Argument.SCALE] = (
+            *(counter.ctypes.data, len(table.tasks), table.tasks.ctypes.data),
+            *(x.data_ptr() for x in (q, k, v, out, lse)),
+            *(x.stride(0) for x in (q, k, v)),
+            *(x.stride(1) for x in (k, v)),
+            *(Hq // Hkv, Hq),
+        )
+        arguments.view(np.float32)[2 * Argument.SCALE] = scale * math.log2(math.e)
+        kernel = _compiled(self.target, q.dtype, D, table.tile_rows, table.num_tiles)
+        kernel(arguments, min(num_threads, max(1, len(table.tasks))))
+        state = out[0], lse[0]
+        for part in range(1, table.num_parts):
+            state = merge_states(*state, out[part], lse[part])
+        return state
+
+
+class _Table:
+    """The tasks of a segment for given head counts, most work first, and the tile that suits them."""
+
+    def __init__(self, segment: Segment, num_kv_heads: int, group: int, num_threads: int):
+        q_lens = np.diff(segment.q_offsets)
+        queries_per_task = max(1, _MAX_ROWS // group)
+        tasks_of_row = -(-q_lens // queries_per_task)
+        row = np.repeat(np.arange(segment.num_rows), tasks_of_row)
+        within = np.arange(len(row)) - np.repeat(np.cumsum(tasks_of_row) - tasks_of_row, tasks_of_row)
+        first = within * queries_per_task
+        num_queries = np.minimum(queries_per_task, q_lens[row] - first)
+        num_keys = segment.k_lens[row]
+        # Bottom-right: the row's last query sees all of its keys.
+        visible = num_keys - (q_lens[row] - 1 - first) if segment.causal else num_keys
+
+        self.num_parts = _num_parts(len(row) * num_kv_heads, int(num_keys.max(initial=0)), num_threads)
+        shape = (self.num_parts, num_kv_heads, len(row))
+        part, head, task = (index.ravel() for index in np.indices(shape))
+        part_lens = -(-num_keys // self.num_parts)
+        skipped = np.minimum(part * part_lens[task], num_keys[task])
+        tasks = np.empty((len(task), Task.COUNT), dtype=np.int64)
+        tasks[:, Task.QUERY] = segment.q_offsets[row[task]] + first[task]
+        tasks[:, Task.NUM_QUERIES] = num_queries[task]
+        tasks[:, Task.HEAD] = head
+        tasks[:, Task.KEY] = segment.k_starts[row[task]] + skipped
+        tasks[:, Task.NUM_KEYS] = np.minimum(part_lens[task], num_keys[task] - skipped)
+        tasks[:, Task.VISIBLE] = visible[task] - skipped
+        tasks[:, Task.VISIBLE_STEP] = int(segment.causal)
+        tasks[:, Task.OUT_ROW] = part * segment.num_queries + tasks[:, Task.QUERY]
+        work = tasks[:, Task.NUM_KEYS] * (tasks[:, Task.NUM_QUERIES] * group + _MEMORY_BOUND_ROWS)
+        self.tasks = np.ascontiguousarray(tasks[np.argsort(-work, kind="stable")])
+
+        num_rows = int(num_queries.max(initial=1)) * group
+        self.tile_rows = _tile_rows(num_rows)
+        self.num_tiles = -(-num_rows // self.tile_rows) if num_rows <= _MEMORY_BOUND_ROWS else 0
+
+
+def _tile_rows(num_rows: int) -> int:
+    """Rows of a tile: 6 at most, which is what registers hold, and as few as can be left empty in the last tile."""
+    return min(num_rows, min((6, 5, 4), key=lambda rows: -num_rows % rows))
+
+
+def _num_parts(num_tasks: int, num_keys: int, num_threads: int) -> int:
+    """Into how many parts the keys are split so that all threads have work."""
+    wanted = -(-_TASKS_PER_THREAD * num_threads // max(1, num_tasks)) if num_threads > 1 else 1
+    return max(1, min(wanted, num_keys // _MIN_PART_KEYS))

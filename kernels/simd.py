@@ -1,0 +1,454 @@
+"""Vector code for the CPU at hand, written in Python and compiled by LLVM (the llvmlite wheel; no toolchain needed).
+
+A ``Kernel`` records straight-line vector code and loops as they are written down in Python; Python's own loops unroll.
+Compiled, it is a function of one array of 64-bit arguments that runs on every thread of PyTorch's own OpenMP pool (a
+second pool would fight it for the cores: OpenMP's idle threads spin); its threads claim tasks from a shared counter.
+
+``host()`` is None where this does not work: another architecture than x86-64 with AVX2, no llvmlite, no OpenMP.
+"""
+
+import ctypes
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+try:
+    import llvmlite.binding as llvm
+    import llvmlite.ir as ir
+except ImportError:  # an optional wheel: the callers do without this module's kernels
+    llvm = ir = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """What kernels are compiled for."""
+
+    cpu: str  # LLVM's name
+    features: str  # LLVM's, comma-separated
+    lanes: int  # 32-bit lanes of a vector register
+    num_registers: int
+    has_bf16_pairs: bool  # an instruction that multiplies pairs of bfloat16 and adds both products to a float32
+
+    @classmethod
+    def avx2(cls) -> "Target":
+        """Any x86-64 with AVX2, FMA and F16C."""
+        return cls("x86-64-v3", "", lanes=8, num_registers=16, has_bf16_pairs=False)
+
+
+@cache
+def host() -> Target | None:
+    """This machine, or None when kernels cannot be compiled for it or run on it."""
+    if llvm is None or _fork_join() is None or not llvm.get_process_triple().startswith("x86_64"):
+        return None
+    features = llvm.get_host_cpu_features()
+    if not all(features.get(name) for name in ("avx2", "fma", "f16c")):
+        return None
+    if not all(features.get(name) for name in ("avx512f", "avx512bw", "avx512dq", "avx512vl")):
+        return Target.avx2()
+    # LLVM splits 512-bit vectors in two on CPUs whose clock once fell when they were used.
+    return Target(
+        llvm.get_host_cpu_name(),
+        features.flatten() + ",-prefer-256-bit",
+        lanes=16,
+        num_registers=32,
+        has_bf16_pairs=features.get("avx512bf16", False),
+    )
+
+
+@cache
+def _fork_join() -> Callable | None:
+    """libgomp's entry into a parallel region, as the PyTorch in this process is linked with it."""
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        function = ctypes.CDLL(str(path)).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    function.restype = None
+    return function
+
+
+if ir is not None:
+    I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+    F16, F32 = ir.HalfType(), ir.FloatType()
+    _POINTER = ir.PointerType()
+
+    class _BFloatType(ir.types._BaseFloatType):
+        """LLVM has it, llvmlite does not name it."""
+
+        null = "0.0"
+        intrinsic_name = "bf16"
+
+        def __str__(self) -> str:
+            return "bfloat"
+
+    _BFloatType._create_instance()
+    BF16 = _BFloatType()
+    _NUM_BYTES = {I16: 2, I32: 4, I64: 8, F16: 2, F32: 4, BF16: 2}
+
+Number = "Value | int | float"
+
+
+class Value:
+    """A scalar or a vector of the kernel. Operators emit instructions; Python numbers join as constants."""
+
+    def __init__(self, kernel: "Kernel", ir_value: "ir.Value"):
+        self.kernel, self.ir = kernel, ir_value
+        self.type = ir_value.type
+        self.lanes = self.type.count if isinstance(self.type, ir.VectorType) else None
+        self.element = self.type.element if self.lanes else self.type
+
+    def _like(self, other: Number) -> "Value":
+        return other if isinstance(other, Value) else self.kernel.constant(other, self.element, self.lanes)
+
+    def _binary(self, other: Number, for_ints: str, for_floats: str | None) -> "Value":
+        name = for_ints if isinstance(self.element, ir.IntType) else for_floats
+        return Value(self.kernel, getattr(self.kernel.builder, name)(self.ir, self._like(other).ir))
+
+    def __add__(self, other: Number) -> "Value":
+        return self._binary(other, "add", "fadd")
+
+    def __radd__(self, other: Number) -> "Value":
+        return self._like(other) + self
+
+    def __sub__(self, other: Number) -> "Value":
+        return self._binary(other, "sub", "fsub")
+
+    def __rsub__(self, other: Number) -> "Value":
+        return self._like(other) - self
+
+    def __mul__(self, other: Number) -> "Value":
+        return self._binary(other, "mul", "fmul")
+
+    def __rmul__(self, other: Number) -> "Value":
+        return self._like(other) * self
+
+    def __truediv__(self, other: Number) -> "Value":
+        return self._binary(other, "", "fdiv")
+
+    def __rtruediv__(self, other: Number) -> "Value":
+        return self._like(other) / self
+
+    def __floordiv__(self, other: Number) -> "Value":
+        return self._binary(other, "sdiv", None)
+
+    def __mod__(self, other: Number) -> "Value":
+        return self._binary(other, "srem", None)
+
+    def __lshift__(self, other: Number) -> "Value":
+        return self._binary(other, "shl", None)
+
+    def __or__(self, other: "Value") -> "Value":
+        return self._binary(other, "or_", None)
+
+    def _compare(self, operator: str, other: Number) -> "Value":
+        builder = self.kernel.builder
+        compare = builder.icmp_signed if isinstance(self.element, ir.IntType) else builder.fcmp_ordered
+        return Value(self.kernel, compare(operator, self.ir, self._like(other).ir))
+
+    def __lt__(self, other: Number) -> "Value":
+        return self._compare("<", other)
+
+    def __gt__(self, other: Number) -> "Value":
+        return self._compare(">", other)
+
+    def equals(self, other: Number) -> "Value":
+        return self._compare("==", other)
+
+    def choose(self, yes: "Value", no: Number) -> "Value":
+        """``yes`` where this condition holds, else ``no``."""
+        return Value(self.kernel, self.kernel.builder.select(self.ir, yes.ir, yes._like(no).ir))
+
+    def maximum(self, other: Number) -> "Value":
+        other = self._like(other)
+        return (self > other).choose(self, other)
+
+    def minimum(self, other: Number) -> "Value":
+        other = self._like(other)
+        return (self < other).choose(self, other)
+
+    def convert(self, element: "ir.Type") -> "Value":
+        """To another element type, by value; integers are widened without sign."""
+        was_int, is_int = isinstance(self.element, ir.IntType), isinstance(element, ir.IntType)
+        if was_int and is_int:
+            name = "zext" if element.width > self.element.width else "trunc"
+        elif was_int or is_int:
+            name = "sitofp" if was_int else "fptosi"
+        else:
+            name = "fpext" if _NUM_BYTES[element] > _NUM_BYTES[self.element] else "fptrunc"
+        type_ = ir.VectorType(element, self.lanes) if self.lanes else element
+        return Value(self.kernel, getattr(self.kernel.builder, name)(self.ir, type_))
+
+    def reinterpret(self, element: "ir.Type") -> "Value":
+        """The same bits as elements of another type, of another number when it is wider or narrower."""
+        lanes = self.lanes * _NUM_BYTES[self.element] // _NUM_BYTES[element]
+        return Value(self.kernel, self.kernel.builder.bitcast(self.ir, ir.VectorType(element, lanes)))
+
+    def shuffle(self, other: "Value", lanes: Sequence[int]) -> "Value":
+        """Lanes of both, those of ``other`` counted on from this one's; -1 leaves a lane undefined."""
+        mask = ir.Constant(
+            ir.VectorType(I32, len(lanes)),
+            [ir.Constant(I32, ir.Undefined) if lane < 0 else ir.Constant(I32, lane) for lane in lanes],
+        )
+        return Value(self.kernel, self.kernel.builder.shuffle_vector(self.ir, other.ir, mask))
+
+    def __getitem__(self, lane: int) -> "Value":
+        return Value(self.kernel, self.kernel.builder.extract_element(self.ir, ir.Constant(I32, lane)))
+
+    def with_lane(self, lane: int, scalar: "Value") -> "Value":
+        return Value(self.kernel, self.kernel.builder.insert_element(self.ir, scalar.ir, ir.Constant(I32, lane)))
+
+    def spread(self) -> "Value":
+        """This scalar in every lane of a vector."""
+        undefined = Value(self.kernel, ir.Constant(ir.VectorType(self.type, self.kernel.lanes), ir.Undefined))
+        return undefined.with_lane(0, self).shuffle(undefined, [0] * self.kernel.lanes)
+
+    def reduce(self, operation: Callable[["Value", "Value"], "Value"]) -> "Value":
+        """All lanes combined, in halves."""
+        value, lanes = self, self.lanes
+        while lanes > 1:
+            lanes //= 2
+            value = operation(
+                value.shuffle(value, range(lanes)), value.shuffle(value, range(lanes, 2 * lanes))
+            )
+        return value[0]
+
+
+class Pointer:
+    """An address of elements of one type. Vectors are read and written at any alignment."""
+
+    def __init__(self, kernel: "Kernel", address: "ir.Value", element: "ir.Type"):
+        self.kernel, self.address, self.element = kernel, address, element
+
+    def __add__(self, index: Number) -> "Pointer":
+        index = self.kernel.constant(index, I64) if isinstance(index, int) else index
+        moved = self.kernel.builder.gep(self.address, [index.ir], source_etype=self.element)
+        return Pointer(self.kernel, moved, self.element)
+
+    def of(self, element: "ir.Type") -> "Pointer":
+        """The same address, of elements of another type."""
+        return Pointer(self.kernel, self.address, element)
+
+    def __getitem__(self, index: Number) -> Value:
+        return Value(self.kernel, self.kernel.builder.load((self + index).address, typ=self.element))
+
+    def __setitem__(self, index: Number, value: Number) -> None:
+        value = value if isinstance(value, Value) else self.kernel.constant(value, self.element)
+        self.kernel.builder.store(value.ir, (self + index).address)
+
+    def load(self, index: Number, lanes: int) -> Value:
+        """The vector of ``lanes`` elements from ``index`` on."""
+        return Value(
+            self.kernel,
+            self.kernel.builder.load(
+                (self + index).address, typ=ir.VectorType(self.element, lanes), align=_NUM_BYTES[self.element]
+            ),
+        )
+
+    def load_padded(self, index: Number, count: int, lanes: int) -> Value:
+        """``count`` elements, and zeros up to ``lanes``, a power of two; nothing past ``count`` is read."""
+        if count == lanes:
+            return self.load(index, lanes)
+        half = lanes // 2
+        lower = self.load_padded(index, min(count, half), half) if half > 1 else self.load(index, 1)
+        if count <= half:
+            upper = self.kernel.constant(0, self.element, half)
+        else:
+            upper = (self + index).load_padded(half, count - half, half)
+        return lower.shuffle(upper, range(lanes))
+
+    def store(self, index: Number, vector: Value, count: int | None = None) -> None:
+        """Writes the vector's lanes, or the first ``count`` of them."""
+        count = vector.lanes if count is None else count
+        if count == vector.lanes:
+            self.kernel.builder.store(vector.ir, (self + index).address, align=_NUM_BYTES[self.element])
+            return
+        done = 0
+        while done < count:
+            piece = 1 << (count - done).bit_length() - 1
+            (self + index).store(done, vector.shuffle(vector, range(done, done + piece)))
+            done += piece
+
+    def prefetch(self, index: Number) -> None:
+        """Asks for the cache line of an element; may name an address that does not exist."""
+        self.kernel.intrinsic(
+            "llvm.prefetch.p0",
+            ir.VoidType(),
+            [(self + index).address, *(ir.Constant(I32, code) for code in (0, 3, 1))],  # to read, keep near, data
+        )
+
+    def fetch_add(self, amount: int) -> Value:
+        """Adds atomically; returns what was there."""
+        builder = self.kernel.builder
+        return Value(self.kernel, builder.atomic_rmw("add", self.address, ir.Constant(self.element, amount), "monotonic"))
+
+
+class Kernel:
+    """A function under construction: ``void name(int64_t arguments[])``."""
+
+    def __init__(self, name: str, target: Target):
+        self.name, self.target, self.lanes = name, target, target.lanes
+        self.module = ir.Module(name)
+        self._function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [_POINTER]), name)
+        self._entry = self._function.append_basic_block("entry")
+        self.builder = ir.IRBuilder(self._entry)
+        self.arguments = Pointer(self, self._function.args[0], I64)
+
+    def constant(self, number: int | float, element: "ir.Type", lanes: int | None = None) -> Value:
+        number = number if isinstance(element, ir.IntType) else float(number)
+        if lanes is None:
+            return Value(self, ir.Constant(element, number))
+        return Value(self, ir.Constant(ir.VectorType(element, lanes), [number] * lanes))
+
+    def lane_indices(self) -> Value:
+        """Vector of int32: 0, 1, 2 and so on."""
+        return Value(self, ir.Constant(ir.VectorType(I32, self.lanes), list(range(self.lanes))))
+
+    def pointer(self, argument: int, element: "ir.Type") -> Pointer:
+        """The address that an argument holds."""
+        return Pointer(self, self.builder.inttoptr(self.arguments[argument].ir, _POINTER), element)
+
+    def array(self, element: "ir.Type", count: int) -> Pointer:
+        """Uninitialised room on the stack of each thread, aligned to a cache line."""
+        with self.builder.goto_block(self._entry):
+            address = self.builder.alloca(element, size=ir.Constant(I64, count))
+            address.align = 64
+            address.type = _POINTER
+        return Pointer(self, address, element)
+
+    def variable(self, value: Value) -> "Variable":
+        return Variable(self, value)
+
+    def intrinsic(self, name: str, result: "ir.Type", arguments: Sequence["ir.Value"]) -> "ir.Value":
+        function = self.module.globals.get(name)
+        if function is None:
+            function = ir.Function(self.module, ir.FunctionType(result, [a.type for a in arguments]), name)
+        return self.builder.call(function, arguments)
+
+    def _elementwise(self, name: str, *arguments: Value) -> Value:
+        first = arguments[0]
+        suffix = f"v{first.lanes}f32" if first.lanes else "f32"
+        return Value(self, self.intrinsic(f"llvm.{name}.{suffix}", first.type, [a.ir for a in arguments]))
+
+    def fma(self, x: Value, y: Value, z: Value) -> Value:
+        """``x * y + z``, rounded once."""
+        return self._elementwise("fma", x, y, z)
+
+    def log(self, x: Value) -> Value:
+        return self._elementwise("log", x)
+
+    def exp2(self, x: Value) -> Value:
+        """``2 ** x`` of float32 to two units in the last place; 0 from -127 down.
+
+        ``2 ** x = 2 ** n * exp(f * ln 2)`` with ``n`` the nearest integer: Taylor's series of degree 6 for |f| <= 1/2
+        leaves 1.2e-7, and ``n`` is added to the exponent's bits.
+        """
+        x = (x < -127.0).choose(x._like(-127.0), x)  # this way round, NaN stays NaN
+        whole = self._elementwise("nearbyint", x)
+        fraction = x - whole
+        power = self.constant(math.log(2) ** 6 / 720, F32, x.lanes)
+        for degree in range(5, -1, -1):
+            coefficient = math.log(2) ** degree / math.factorial(degree)
+            power = self.fma(power, fraction, self.constant(coefficient, F32, x.lanes))
+        return (power.reinterpret(I32) + (whole.convert(I32) << 23)).reinterpret(F32)
+
+    def dot_pairs(self, accumulator: Value, x: Value, y: Value) -> Value:
+        """``accumulator + x0 * y0 + x1 * y1`` in each lane, of 32-bit lanes that hold two bfloat16 each."""
+        pairs = [accumulator.ir, x.reinterpret(BF16).ir, y.reinterpret(BF16).ir]
+        name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * self.lanes}"
+        return Value(self, self.intrinsic(name, accumulator.type, pairs))
+
+    def transpose(self, rows: Sequence[Value]) -> list[Value]:
+        """A square of lanes, transposed: in round ``r``, blocks of ``2 ** r`` lanes change places across the diagonal."""
+        rows, size, step = list(rows), len(rows), 1
+        while step < size:
+            lower = [lane if not lane & step else lane - step + size for lane in range(size)]
+            upper = [lane + step if not lane & step else lane + size for lane in range(size)]
+            for i in range(size):
+                if not i & step:
+                    x, y = rows[i], rows[i + step]
+                    rows[i], rows[i + step] = x.shuffle(y, lower), x.shuffle(y, upper)
+            step *= 2
+        return rows
+
+    @contextmanager
+    def range(self, start: Number, stop: Number, step: int = 1) -> Iterator[Value]:
+        """A loop of the compiled code; ``with`` its index as the body."""
+        builder = self.builder
+        start, stop = (x if isinstance(x, Value) else self.constant(x, I64) for x in (start, stop))
+        origin = builder.block
+        head, body, done = (builder.append_basic_block(name) for name in ("head", "body", "done"))
+        builder.branch(head)
+        builder.position_at_end(head)
+        index = builder.phi(I64)
+        index.add_incoming(start.ir, origin)
+        builder.cbranch(builder.icmp_signed("<", index, stop.ir), body, done)
+        builder.position_at_end(body)
+        yield Value(self, index)
+        index.add_incoming(builder.add(index, ir.Constant(I64, step)), builder.block)
+        builder.branch(head)
+        builder.position_at_end(done)
+
+    @contextmanager
+    def claimed(self, counter: Pointer, count: Value) -> Iterator[Value]:
+        """A loop over ``0 .. count`` that the threads share: each index goes to the thread that asks next."""
+        builder = self.builder
+        claim, body, done = (builder.append_basic_block(name) for name in ("claim", "body", "done"))
+        builder.branch(claim)
+        builder.position_at_end(claim)
+        index = counter.fetch_add(1)
+        builder.cbranch((index < count).ir, body, done)
+        builder.position_at_end(body)
+        yield index
+        builder.branch(claim)
+        builder.position_at_end(done)
+
+    def compile(self) -> "CompiledKernel":
+        self.builder.ret_void()
+        return CompiledKernel(self)
+
+
+class Variable:
+    """A value that loops change; LLVM keeps it in a register."""
+
+    def __init__(self, kernel: Kernel, value: Value):
+        self._cell = kernel.array(value.type, 1)
+        self.value = value
+
+    @property
+    def value(self) -> Value:
+        return self._cell[0]
+
+    @value.setter
+    def value(self, value: Value) -> None:
+        self._cell[0] = value
+
+
+class CompiledKernel:
+    """Machine code, kept as long as this object."""
+
+    def __init__(self, kernel: Kernel):
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        machine = llvm.Target.from_default_triple().create_target_machine(
+            cpu=kernel.target.cpu, features=kernel.target.features, opt=3, jit=True
+        )
+        module = llvm.parse_assembly(str(kernel.module))
+        tuning = llvm.PipelineTuningOptions(3)
+        # The kernels say themselves what is vectorised and unrolled.
+        tuning.loop_vectorization = tuning.slp_vectorization = tuning.loop_unrolling = False
+        passes = llvm.create_pass_builder(machine, tuning)
+        passes.getModulePassManager().run(module, passes)
+        self._engine = llvm.create_mcjit_compiler(module, machine)
+        self._engine.finalize_object()
+        self._address = self._engine.get_function_address(kernel.name)
+
+    def __call__(self, arguments: np.ndarray, num_threads: int) -> None:
+        """Runs on ``num_threads`` threads at once. ``arguments``: contiguous int64; what they point to must stay alive."""
+        _fork_join()(self._address, arguments.ctypes.data, num_threads, 0)
