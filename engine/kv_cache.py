@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from engine.config import ModelConfig
+from kernels.cache_write import write_cache_
 
 
 class SlotAllocator:
@@ -113,8 +114,7 @@ class KVCache:
 
     def write(self, index: int, slots_T: torch.Tensor, k_THD: torch.Tensor, v_THD: torch.Tensor) -> None:
         keys, values = self._layers[index]
-        keys.index_copy_(0, slots_T, k_THD)
-        values.index_copy_(0, slots_T, v_THD)
+        write_cache_(keys, values, slots_T, k_THD, v_THD)
 
     def copy(self, source: int, length: int, targets: list[int]) -> None:
         """Copies ``length`` slots from ``source`` on to each of ``targets``, in every layer."""

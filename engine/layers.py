@@ -13,6 +13,7 @@ from torch import nn
 from engine.distributed import TPGroup
 from engine.sharding import Rule, TensorShard, replicated, split, split_vocab
 from kernels.linear import linear
+from kernels.norm import add_rms_norm_, rms_norm
 
 
 @dataclass(frozen=True)
@@ -116,4 +117,8 @@ class RMSNorm(nn.Module):
         self.weight, self.slots = _stack([replicated(f"{name}.weight", (size,))])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
+
+    def of_sum_(self, x_TI: torch.Tensor, y_TI: torch.Tensor) -> torch.Tensor:
+        """Adds ``y`` to ``x`` in place and normalises the sum."""
+        return add_rms_norm_(x_TI, y_TI, self.weight, self.eps)

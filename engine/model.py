@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from engine.config import ModelConfig
@@ -29,6 +28,7 @@ from engine.rope import cos_sin_table
 from engine.sharding import Rule, check_world_size, local_kv_heads, split, split_kv_heads
 from kernels import AttentionPlan
 from kernels.rotary import apply_rotary_
+from kernels.swiglu import swiglu
 
 # Tokens that go through projections and MLP at once: enough to fill the device, few enough to bound the memory.
 PREFILL_CHUNK = 2048
@@ -98,8 +98,7 @@ class MLP(nn.Module):
         self.down_proj = RowParallelLinear(f"{prefix}.down_proj", shape[::-1], group, config.mlp_bias)
 
     def forward(self, x_CI: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up_proj(x_CI).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate).mul_(up))
+        return self.down_proj(swiglu(self.gate_up_proj(x_CI)))
 
 
 class Layer(nn.Module):
@@ -132,8 +131,7 @@ class Layer(nn.Module):
         out_TI = plan.run(q_THD, k_SHD, v_SHD, attention.scale).reshape(T, -1)
         for part in chunks:
             x_CI = x_TI[part]
-            x_CI += attention.o_proj(out_TI[part])
-            x_CI += self.mlp(self.post_attention_norm(x_CI))
+            x_CI += self.mlp(self.post_attention_norm.of_sum_(x_CI, attention.o_proj(out_TI[part])))
         return x_TI
 
 

@@ -15,6 +15,9 @@ from kernels import attention_aten, attention_cuda, attention_simd, reference, s
 from kernels.merge import merge_states
 from kernels.segment import Segment
 
+# As many rows as an AMX tile has. Chosen, not measured.
+_AMX_QUERIES = 16
+
 
 class Backend(StrEnum):
     """What evaluates a segment."""
@@ -35,8 +38,14 @@ def available_backends(device: torch.device, dtype: torch.dtype) -> tuple[Backen
     return (Backend.REFERENCE,)
 
 
-def default_backend(device: torch.device, dtype: torch.dtype) -> Backend:
-    return available_backends(device, dtype)[0]
+def default_backend(segment: Segment, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The first that is available; but where ATen multiplies with AMX, which ours do not use, it has the segments of
+    many queries a row."""
+    first = available_backends(device, dtype)[0]
+    if first == Backend.SIMD_CPU and attention_aten.has_amx(dtype):
+        if segment.num_queries >= _AMX_QUERIES * max(1, segment.num_rows):
+            return Backend.ATEN_CPU
+    return first
 
 
 class _ReferenceSegment:
@@ -54,7 +63,7 @@ class PlannedSegment:
     """One segment, planned for a backend. Immutable: keep it as long as its rows and lengths hold."""
 
     def __init__(self, segment: Segment, device: torch.device, dtype: torch.dtype, backend: Backend | None = None):
-        self.backend = backend or default_backend(device, dtype)
+        self.backend = backend or default_backend(segment, device, dtype)
         if self.backend not in available_backends(device, dtype):
             raise ValueError(
                 f"attention backend {self.backend} cannot run {dtype} on {device.type}; "
@@ -70,10 +79,21 @@ class PlannedSegment:
         self._impl = make[self.backend](segment)
 
     def run(
-        self, q_THD: torch.Tensor, k_SHD: torch.Tensor, v_SHD: torch.Tensor, scale: float
+        self,
+        q_THD: torch.Tensor,
+        k_SHD: torch.Tensor,
+        v_SHD: torch.Tensor,
+        scale: float,
+        state: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The segment's state: ``out (T, Hq, D)``, ``lse (T, Hq)`` float32, natural log."""
-        return self._impl.run(q_THD, k_SHD, v_SHD, scale)
+        """The segment's state: ``out (T, Hq, D)``, ``lse (T, Hq)`` float32, natural log.
+
+        Merged with ``state``, one over other keys, where that is given: its tensors are then used up.
+        """
+        if state is not None and self.backend == Backend.SIMD_CPU:
+            return self._impl.run(q_THD, k_SHD, v_SHD, scale, state)
+        own = self._impl.run(q_THD, k_SHD, v_SHD, scale)
+        return own if state is None else merge_states(*state, *own)
 
 
 class AttentionPlan:
@@ -87,7 +107,7 @@ class AttentionPlan:
         """``(T, Hq, D)`` in the queries' dtype."""
         if not self.segments:
             return q_THD
-        state = self.segments[0].run(q_THD, k_SHD, v_SHD, scale)
-        for segment in self.segments[1:]:
-            state = merge_states(*state, *segment.run(q_THD, k_SHD, v_SHD, scale))
+        state = None
+        for segment in self.segments:
+            state = segment.run(q_THD, k_SHD, v_SHD, scale, state)
         return state[0].to(q_THD.dtype)

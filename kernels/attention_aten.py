@@ -24,6 +24,11 @@ _CALL_IN_KEYS = 512
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
+def has_amx(dtype: torch.dtype) -> bool:
+    """Whether ATen's products of ``dtype`` use this CPU's matrix tiles."""
+    return dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+
+
 @dataclass(frozen=True)
 class _Call:
     """N rows of ``num_queries`` queries and at most ``num_keys`` keys; row ``n``'s keys start at

@@ -22,7 +22,7 @@ import torch
 from kernels import simd
 from kernels.merge import merge_states
 from kernels.segment import Segment
-from kernels.simd import Kernel, Pointer, Target, Value
+from kernels.simd import Kernel, Pointer, Target, Value, Variable
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -37,25 +37,23 @@ _TASKS_PER_THREAD = 4
 
 
 class Argument(IntEnum):
-    """The kernel's arguments. Strides are in elements; the last dimension's is 1."""
+    """The kernel's arguments, in order. Strides are in elements; the last dimension's is 1."""
 
-    COUNTER = 0
-    NUM_TASKS = 1
-    TASKS = 2
-    Q = 3
-    K = 4
-    V = 5
-    OUT = 6  # (parts, T, Hq, D) float32
-    LSE = 7  # (parts, T, Hq) float32
-    Q_STRIDE = 8  # from token to token
-    K_STRIDE = 9
-    V_STRIDE = 10
-    K_HEAD_STRIDE = 11
-    V_HEAD_STRIDE = 12
-    GROUP = 13  # G
-    NUM_HEADS = 14  # Hq
-    SCALE = 15  # float32 in the lower half: the softmax's scale times log2(e)
-    COUNT = 16
+    TASKS = 0
+    Q = 1
+    K = 2
+    V = 3
+    OUT = 4  # (parts, T, Hq, D) float32
+    LSE = 5  # (parts, T, Hq) float32
+    MERGE = 6  # whether OUT and LSE hold a state, over other keys, that the new one is merged with
+    Q_STRIDE = 7  # from token to token
+    K_STRIDE = 8
+    V_STRIDE = 9
+    K_HEAD_STRIDE = 10
+    V_HEAD_STRIDE = 11
+    GROUP = 12  # G
+    NUM_HEADS = 13  # Hq
+    SCALE = 14  # the softmax's, times log2(e)
 
 
 class Task(IntEnum):
@@ -83,8 +81,7 @@ class _Emitter:
         self.W, self.D, self.R, self.num_tiles = target.lanes, head_dim, tile_rows, num_tiles
         # Vectors side by side in a tile: R rows of them, what they are made of, and one more fill the registers.
         self.columns = 4 if target.num_registers == 32 else 2
-        self.dtype = dtype
-        self.element = {torch.float32: simd.F32, torch.float16: simd.F16, torch.bfloat16: simd.I16}[dtype]
+        self.dtype, self.element = dtype, simd.FLOATS[dtype]
         # A word is what one lane multiplies: a float32, or two neighbouring bfloat16.
         self.in_pairs = dtype == torch.bfloat16 and target.has_bf16_pairs
         self.word, self.per_word = (simd.I32, 2) if self.in_pairs else (simd.F32, 1)
@@ -104,16 +101,14 @@ class _Emitter:
 
     def emit(self) -> Kernel:
         k = self.kernel
-        argument = k.arguments
-        self.group = argument[Argument.GROUP]
-        self.scale = argument.of(simd.F32)[2 * Argument.SCALE]
-        with k.claimed(k.pointer(Argument.COUNTER, simd.I64), argument[Argument.NUM_TASKS]) as index:
+        self.group, self.scale = k.integer(Argument.GROUP), k.real(Argument.SCALE)
+        with k.tasks() as index:
             task = k.pointer(Argument.TASKS, simd.I64) + index * int(Task.COUNT)
             k_start, num_queries = task[Task.KEY], task[Task.NUM_QUERIES]
             last_visible = task[Task.VISIBLE] + task[Task.VISIBLE_STEP] * (num_queries - 1)
             num_keys = task[Task.NUM_KEYS].minimum(last_visible)
-            k_rows = _Rows(self, Argument.K, task[Task.HEAD] * argument[Argument.K_HEAD_STRIDE], k_start, num_keys)
-            v_rows = _Rows(self, Argument.V, task[Task.HEAD] * argument[Argument.V_HEAD_STRIDE], k_start, num_keys)
+            k_rows = _Rows(self, Argument.K, task[Task.HEAD] * k.integer(Argument.K_HEAD_STRIDE), k_start, num_keys)
+            v_rows = _Rows(self, Argument.V, task[Task.HEAD] * k.integer(Argument.V_HEAD_STRIDE), k_start, num_keys)
             rows_end = (num_queries * self.group + (self.R - 1)) // self.R * self.R
             self._start(task, rows_end)
             with k.range(0, num_keys, _BLOCK_KEYS) as first_key:
@@ -128,16 +123,11 @@ class _Emitter:
 
     def _load_words(self, source: Pointer, word: int) -> Value:
         """A vector of words of one row from word ``word`` on, zero past the head dimension."""
-        first = word * self.per_word
-        elements = source.load_padded(first, min(self.D - first, self.W * self.per_word), self.W * self.per_word)
-        return elements.reinterpret(simd.I32) if self.in_pairs else self._widen(elements)
-
-    def _widen(self, elements: Value) -> Value:
-        if self.dtype == torch.float32:
-            return elements
-        if self.dtype == torch.float16:
-            return elements.convert(simd.F32)
-        return (elements.convert(simd.I32) << 16).reinterpret(simd.F32)  # a bfloat16 is a float32's upper half
+        count = min(self.D_words - word, self.W)
+        if not self.in_pairs:
+            return source.load_floats(word, count)
+        lanes = 2 * self.W
+        return source.of(simd.I16).load_padded(2 * word, min(self.D - 2 * word, lanes), lanes).reinterpret(simd.I32)
 
     def _multiply_add(self, x: Value, y: Value, z: Value) -> Value:
         return self.kernel.dot_pairs(z, x, y) if self.in_pairs else self.kernel.fma(x, y, z)
@@ -153,7 +143,7 @@ class _Emitter:
             for d in range(0, self.D_row, self.W):
                 self.out.store(row * self.D_row + d, k.constant(0, simd.F32, self.W))
         with k.range(0, task[Task.NUM_QUERIES]) as query:
-            token = q + (task[Task.QUERY] + query) * k.arguments[Argument.Q_STRIDE]
+            token = q + (task[Task.QUERY] + query) * k.integer(Argument.Q_STRIDE)
             visible = task[Task.VISIBLE] + task[Task.VISIBLE_STEP] * query
             visible = visible.maximum(0).minimum(task[Task.NUM_KEYS])
             with k.range(0, self.group) as head:
@@ -177,12 +167,12 @@ class _Emitter:
             sources = [rows.at(first_key + word * self.per_word + i) for i in range(self.per_word)]
             for d in range(0, self.D_row, self.W):
                 count = min(self.D - d, self.W)
-                parts = [source.load_padded(d, count, self.W) for source in sources]
                 if self.in_pairs:
-                    lower, upper = (part.convert(simd.I32) for part in parts)
+                    halves = [source.of(simd.I16).load_padded(d, count, self.W) for source in sources]
+                    lower, upper = (half.convert(simd.I32) for half in halves)
                     vector = lower | (upper << 16)
                 else:
-                    vector = self._widen(parts[0])
+                    vector = sources[0].load_floats(d, count)
                 self.values.store(word * self.D_row + d, vector)
 
     def _scores(self, k_rows: "_Rows", first_key: Value, first_row: Value) -> list[list[Value]]:
@@ -234,8 +224,7 @@ class _Emitter:
                 prob = k.exp2(score - shift)
                 total = total + prob
                 if self.in_pairs:
-                    half = prob.convert(simd.BF16).reinterpret(simd.I16)
-                    self.probs.of(simd.I16).store(r * _BLOCK_KEYS + c * self.W, half)
+                    self.probs.of(simd.BF16).store_floats(r * _BLOCK_KEYS + c * self.W, prob)
                 else:
                     self.probs.store(r * _BLOCK_KEYS + c * self.W, prob)
             self.sum.store((first_row + r) * self.W, total)
@@ -268,16 +257,32 @@ class _Emitter:
         out, lse = k.pointer(Argument.OUT, simd.F32), k.pointer(Argument.LSE, simd.F32)
         with k.range(0, task[Task.NUM_QUERIES]) as query, k.range(0, self.group) as head:
             row = query * self.group + head
-            place = (task[Task.OUT_ROW] + query) * k.arguments[Argument.NUM_HEADS]
-            place = place + task[Task.HEAD] * self.group + head
-            total = self.sum.load(row * self.W, self.W).reduce(Value.__add__)
-            is_empty = total.equals(0.0)
-            inverse = is_empty.choose(total, 1.0 / total).spread()
+            place = (task[Task.OUT_ROW] + query) * k.integer(Argument.NUM_HEADS) + task[Task.HEAD] * self.group + head
+            total = k.variable(self.sum.load(row * self.W, self.W).reduce(Value.__add__))
+            best = k.variable(self.max[row])
+            with k.when(k.integer(Argument.MERGE) > 0):
+                self._merge(row, total, best, out + place * self.D, lse[place])
+            is_empty = total.value.equals(0.0)
+            inverse = is_empty.choose(total.value, 1.0 / total.value).spread()
             for d in range(0, self.D_row, self.W):
                 normalised = self.out.load(row * self.D_row + d, self.W) * inverse
                 (out + place * self.D).store(d, normalised, min(self.D - d, self.W))
-            natural = self.max[row] * math.log(2) + k.log(total)
+            natural = best.value * math.log(2) + k.log(total.value)
             lse[place] = is_empty.choose(k.constant(-math.inf, simd.F32), natural)
+
+    def _merge(self, row: Value, total: Variable, best: Variable, out: Pointer, lse: Value) -> None:
+        """Adds a state over other keys to a row's sums: one key more, of score ``lse`` and value ``out``."""
+        k = self.kernel
+        score = lse * math.log2(math.e)
+        shift = best.value.maximum(score)
+        shift = shift.equals(-math.inf).choose(k.constant(0, simd.F32), shift)
+        own, other = (k.exp2((x - shift).spread()) for x in (best.value, score))
+        for d in range(0, self.D_row, self.W):
+            merged = self.out.load(row * self.D_row + d, self.W) * own
+            merged = k.fma(out.load_padded(d, min(self.D - d, self.W), self.W), other, merged)
+            self.out.store(row * self.D_row + d, merged)
+        total.value = total.value * own[0] + other[0]
+        best.value = shift
 
 
 class _Rows:
@@ -286,7 +291,7 @@ class _Rows:
     def __init__(self, emitter: _Emitter, argument: Argument, head_offset: Value, start: Value, count: Value):
         k = emitter.kernel
         stride = {Argument.K: Argument.K_STRIDE, Argument.V: Argument.V_STRIDE}[argument]
-        self._emitter, self._stride = emitter, k.arguments[stride]
+        self._emitter, self._stride = emitter, k.integer(stride)
         self._base = k.pointer(argument, emitter.element) + head_offset + start * self._stride
         self._last = count - 1
 
@@ -320,34 +325,40 @@ class SimdSegment:
         self.target = target or simd.host()
         self._tables: dict[tuple[int, int, int], _Table] = {}
 
-    def run(self, q_THD, k_SHD, v_SHD, scale):
+    def run(self, q_THD, k_SHD, v_SHD, scale, state=None):
         T, Hq, D = q_THD.shape
         Hkv = k_SHD.shape[1]
-        num_threads = torch.get_num_threads()
-        table = self._tables.get((Hq, Hkv, num_threads))
-        if table is None:
-            table = self._tables[Hq, Hkv, num_threads] = _Table(self.segment, Hkv, Hq // Hkv, num_threads)
-        out = torch.empty(table.num_parts, T, Hq, D, dtype=torch.float32)
-        lse = torch.empty(table.num_parts, T, Hq, dtype=torch.float32)
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_THD, k_SHD, v_SHD))
-        if q.stride(1) != D:
-            q = q.contiguous()
-        counter = np.zeros(1, dtype=np.int64)
-        arguments = np.empty(Argument.COUNT, dtype=np.int64)
-        arguments[: Argument.SCALE] = (
-            *(counter.ctypes.data, len(table.tasks), table.tasks.ctypes.data),
-            *(x.data_ptr() for x in (q, k, v, out, lse)),
-            *(x.stride(0) for x in (q, k, v)),
-            *(x.stride(1) for x in (k, v)),
-            *(Hq // Hkv, Hq),
+        table = self._table(Hkv, Hq // Hkv)
+        # Parts of a segment, which run at the same time, cannot be merged as they are written.
+        merges = state is not None and table.num_parts == 1 and _is_plain(state[0]) and _is_plain(state[1])
+        if merges:
+            out, lse = (x.unsqueeze(0) for x in state)
+        else:
+            out = torch.empty(table.num_parts, T, Hq, D, dtype=torch.float32)
+            lse = torch.empty(table.num_parts, T, Hq, dtype=torch.float32)
+        q = q_THD if q_THD.stride()[1:] == (D, 1) else q_THD.contiguous()
+        k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k_SHD, v_SHD))
+        _compiled(self.target, q.dtype, D, table.tile_rows, table.num_tiles).launch(
+            *(len(table.tasks), table.tasks, q, k, v, out, lse, int(merges)),
+            *(q.stride(0), k.stride(0), v.stride(0), k.stride(1), v.stride(1), Hq // Hkv, Hq),
+            scale * math.log2(math.e),
         )
-        arguments.view(np.float32)[2 * Argument.SCALE] = scale * math.log2(math.e)
-        kernel = _compiled(self.target, q.dtype, D, table.tile_rows, table.num_tiles)
-        kernel(arguments, min(num_threads, max(1, len(table.tasks))))
-        state = out[0], lse[0]
+        if merges:
+            return state
+        state = (out[0], lse[0]) if state is None else merge_states(*state, out[0], lse[0])
         for part in range(1, table.num_parts):
             state = merge_states(*state, out[part], lse[part])
         return state
+
+    def _table(self, num_kv_heads: int, group: int) -> "_Table":
+        key = (num_kv_heads, group, torch.get_num_threads())
+        if key not in self._tables:
+            self._tables[key] = _Table(self.segment, *key)
+        return self._tables[key]
+
+
+def _is_plain(x: torch.Tensor) -> bool:
+    return x.dtype == torch.float32 and x.is_contiguous()
 
 
 class _Table:

@@ -1,14 +1,15 @@
 """Vector code for the CPU at hand, written in Python and compiled by LLVM (the llvmlite wheel; no toolchain needed).
 
-A ``Kernel`` records straight-line vector code and loops as they are written down in Python; Python's own loops unroll.
-Compiled, it is a function of one array of 64-bit arguments that runs on every thread of PyTorch's own OpenMP pool (a
-second pool would fight it for the cores: OpenMP's idle threads spin); its threads claim tasks from a shared counter.
+A ``Kernel`` records vector code and loops as they are written down in Python; Python's own loops unroll. Compiled, it
+runs on the threads of PyTorch's own OpenMP pool (a second pool would fight it for the cores: OpenMP's idle threads
+spin), which claim tasks one by one.
 
 ``host()`` is None where this does not work: another architecture than x86-64 with AVX2, no llvmlite, no OpenMP.
 """
 
 import ctypes
 import math
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def _fork_join() -> Callable | None:
 
 if ir is not None:
     I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
-    F16, F32 = ir.HalfType(), ir.FloatType()
+    F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
     _POINTER = ir.PointerType()
 
     class _BFloatType(ir.types._BaseFloatType):
@@ -90,7 +91,13 @@ if ir is not None:
 
     _BFloatType._create_instance()
     BF16 = _BFloatType()
-    _NUM_BYTES = {I16: 2, I32: 4, I64: 8, F16: 2, F32: 4, BF16: 2}
+    FLOATS = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
+    _NUM_BYTES = {I16: 2, I32: 4, I64: 8, F16: 2, F32: 4, F64: 8, BF16: 2}
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Before the caller's arguments go the counter that hands out tasks, and their number.
+_NUM_HIDDEN = 2
 
 Number = "Value | int | float"
 
@@ -144,7 +151,13 @@ class Value:
     def __lshift__(self, other: Number) -> "Value":
         return self._binary(other, "shl", None)
 
-    def __or__(self, other: "Value") -> "Value":
+    def __rshift__(self, other: Number) -> "Value":
+        return self._binary(other, "lshr", None)
+
+    def __and__(self, other: Number) -> "Value":
+        return self._binary(other, "and_", None)
+
+    def __or__(self, other: Number) -> "Value":
         return self._binary(other, "or_", None)
 
     def _compare(self, operator: str, other: Number) -> "Value":
@@ -275,6 +288,21 @@ class Pointer:
             (self + index).store(done, vector.shuffle(vector, range(done, done + piece)))
             done += piece
 
+    def load_floats(self, index: Number, count: int | None = None) -> Value:
+        """A full vector of float32 from ``count`` elements of any float type, padded with zeros."""
+        lanes = self.kernel.lanes
+        elements = self.load_padded(index, lanes if count is None else count, lanes)
+        if self.element == BF16:  # a bfloat16 is the upper half of a float32
+            return (elements.reinterpret(I16).convert(I32) << 16).reinterpret(F32)
+        return elements if self.element == F32 else elements.convert(F32)
+
+    def store_floats(self, index: Number, vector: Value, count: int | None = None) -> None:
+        """Writes float32 lanes, or the first ``count`` of them, rounded to the element type."""
+        if self.element == BF16:
+            self.of(I16).store(index, self.kernel.round_to_bf16(vector), count)
+        else:
+            self.store(index, vector if self.element == F32 else vector.convert(self.element), count)
+
     def prefetch(self, index: Number) -> None:
         """Asks for the cache line of an element; may name an address that does not exist."""
         self.kernel.intrinsic(
@@ -283,14 +311,9 @@ class Pointer:
             [(self + index).address, *(ir.Constant(I32, code) for code in (0, 3, 1))],  # to read, keep near, data
         )
 
-    def fetch_add(self, amount: int) -> Value:
-        """Adds atomically; returns what was there."""
-        builder = self.kernel.builder
-        return Value(self.kernel, builder.atomic_rmw("add", self.address, ir.Constant(self.element, amount), "monotonic"))
-
 
 class Kernel:
-    """A function under construction: ``void name(int64_t arguments[])``."""
+    """A function under construction. Its arguments are numbered from 0, in the order in which a launch gives them."""
 
     def __init__(self, name: str, target: Target):
         self.name, self.target, self.lanes = name, target, target.lanes
@@ -298,7 +321,7 @@ class Kernel:
         self._function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [_POINTER]), name)
         self._entry = self._function.append_basic_block("entry")
         self.builder = ir.IRBuilder(self._entry)
-        self.arguments = Pointer(self, self._function.args[0], I64)
+        self._arguments = Pointer(self, self._function.args[0], I64)
 
     def constant(self, number: int | float, element: "ir.Type", lanes: int | None = None) -> Value:
         number = number if isinstance(element, ir.IntType) else float(number)
@@ -310,9 +333,16 @@ class Kernel:
         """Vector of int32: 0, 1, 2 and so on."""
         return Value(self, ir.Constant(ir.VectorType(I32, self.lanes), list(range(self.lanes))))
 
+    def integer(self, argument: int) -> Value:
+        return self._arguments[_NUM_HIDDEN + argument]
+
+    def real(self, argument: int) -> Value:
+        """A float argument, as float32."""
+        return self._arguments.of(F64)[_NUM_HIDDEN + argument].convert(F32)
+
     def pointer(self, argument: int, element: "ir.Type") -> Pointer:
-        """The address that an argument holds."""
-        return Pointer(self, self.builder.inttoptr(self.arguments[argument].ir, _POINTER), element)
+        """A tensor argument: the address of its first element."""
+        return Pointer(self, self.builder.inttoptr(self.integer(argument).ir, _POINTER), element)
 
     def array(self, element: "ir.Type", count: int) -> Pointer:
         """Uninitialised room on the stack of each thread, aligned to a cache line."""
@@ -343,6 +373,9 @@ class Kernel:
     def log(self, x: Value) -> Value:
         return self._elementwise("log", x)
 
+    def sqrt(self, x: Value) -> Value:
+        return self._elementwise("sqrt", x)
+
     def exp2(self, x: Value) -> Value:
         """``2 ** x`` of float32 to two units in the last place; 0 from -127 down.
 
@@ -358,6 +391,15 @@ class Kernel:
             power = self.fma(power, fraction, self.constant(coefficient, F32, x.lanes))
         return (power.reinterpret(I32) + (whole.convert(I32) << 23)).reinterpret(F32)
 
+    def round_to_bf16(self, x: Value) -> Value:
+        """Vector of int16: the bits of the nearest bfloat16, ties to even."""
+        if self.target.has_bf16_pairs:  # the same extension rounds, too
+            return x.convert(BF16).reinterpret(I16)
+        bits = x.reinterpret(I32)
+        nearest = (bits + ((bits >> 16) & 1) + 0x7FFF) >> 16
+        quiet_nan = (bits >> 16) | 0x40
+        return x.equals(x).choose(nearest, quiet_nan).convert(I16)
+
     def dot_pairs(self, accumulator: Value, x: Value, y: Value) -> Value:
         """``accumulator + x0 * y0 + x1 * y1`` in each lane, of 32-bit lanes that hold two bfloat16 each."""
         pairs = [accumulator.ir, x.reinterpret(BF16).ir, y.reinterpret(BF16).ir]
@@ -365,7 +407,7 @@ class Kernel:
         return Value(self, self.intrinsic(name, accumulator.type, pairs))
 
     def transpose(self, rows: Sequence[Value]) -> list[Value]:
-        """A square of lanes, transposed: in round ``r``, blocks of ``2 ** r`` lanes change places across the diagonal."""
+        """A square of lanes, transposed: each round, blocks of twice the size change places across the diagonal."""
         rows, size, step = list(rows), len(rows), 1
         while step < size:
             lower = [lane if not lane & step else lane - step + size for lane in range(size)]
@@ -395,14 +437,39 @@ class Kernel:
         builder.branch(head)
         builder.position_at_end(done)
 
+    def each_vector(self, length: int, body: Callable[[Number, int], None]) -> None:
+        """Calls ``body(index, count)`` for all of ``length`` elements, a vector at a time: in a loop of the compiled
+        code, and once for what is left."""
+        whole = length // self.lanes * self.lanes
+        if whole:
+            with self.range(0, whole, self.lanes) as index:
+                body(index, self.lanes)
+        if whole < length:
+            body(whole, length - whole)
+
     @contextmanager
-    def claimed(self, counter: Pointer, count: Value) -> Iterator[Value]:
-        """A loop over ``0 .. count`` that the threads share: each index goes to the thread that asks next."""
+    def when(self, condition: Value) -> Iterator[None]:
+        """The body runs where a scalar condition holds."""
+        with self.builder.if_then(condition.ir):
+            yield
+
+    @contextmanager
+    def rows(self, num_rows: int, rows_per_task: int) -> Iterator[Value]:
+        """The loop over rows that a launch of ``split_rows`` shares out, by the arguments that hold these numbers."""
+        size = self.integer(rows_per_task)
+        with self.tasks() as task, self.range(task * size, (task * size + size).minimum(self.integer(num_rows))) as row:
+            yield row
+
+    @contextmanager
+    def tasks(self) -> Iterator[Value]:
+        """The loop over a launch's tasks that its threads share: each index goes to the thread that asks next."""
         builder = self.builder
+        counter = Pointer(self, builder.inttoptr(self._arguments[0].ir, _POINTER), I64)
+        count = self._arguments[1]
         claim, body, done = (builder.append_basic_block(name) for name in ("claim", "body", "done"))
         builder.branch(claim)
         builder.position_at_end(claim)
-        index = counter.fetch_add(1)
+        index = Value(self, builder.atomic_rmw("add", counter.address, ir.Constant(I64, 1), "monotonic"))
         builder.cbranch((index < count).ir, body, done)
         builder.position_at_end(body)
         yield index
@@ -449,6 +516,32 @@ class CompiledKernel:
         self._engine.finalize_object()
         self._address = self._engine.get_function_address(kernel.name)
 
-    def __call__(self, arguments: np.ndarray, num_threads: int) -> None:
-        """Runs on ``num_threads`` threads at once. ``arguments``: contiguous int64; what they point to must stay alive."""
-        _fork_join()(self._address, arguments.ctypes.data, num_threads, 0)
+    def launch(self, num_tasks: int, *arguments: torch.Tensor | np.ndarray | int | float) -> None:
+        """Runs the tasks on as many threads as PyTorch uses. Arrays and tensors are passed by address."""
+        num_threads = min(torch.get_num_threads(), num_tasks)
+        if num_threads == 0:
+            return
+        counter = ctypes.c_int64(0)
+        packed = (ctypes.c_int64 * (_NUM_HIDDEN + len(arguments)))(
+            ctypes.addressof(counter), num_tasks, *[x if type(x) is int else _pack(x) for x in arguments]
+        )
+        _fork_join()(self._address, packed, num_threads, 0)
+
+
+def split_rows(num_rows: int) -> tuple[int, int]:
+    """``(tasks, rows of each)``: a few tasks a thread, so that one that is held up does not hold up all."""
+    rows_per_task = max(1, -(-num_rows // (4 * torch.get_num_threads())))
+    return -(-num_rows // rows_per_task), rows_per_task
+
+
+def runs(x: torch.Tensor) -> bool:
+    """Whether kernels can run here on tensors like this one: floats on a CPU, the last dimension contiguous."""
+    return x.is_cpu and x.dtype in _DTYPES and x.stride(-1) == 1 and host() is not None
+
+
+def _pack(argument: torch.Tensor | np.ndarray | float) -> int:
+    if isinstance(argument, torch.Tensor):
+        return argument.data_ptr()
+    if isinstance(argument, float):
+        return struct.unpack("q", struct.pack("d", argument))[0]
+    return argument.ctypes.data

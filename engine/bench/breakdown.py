@@ -34,7 +34,7 @@ from engine.files import check_outdir, write_whole
 from engine.memory import available_bytes, is_out_of_memory
 from engine.model import Transformer
 from engine.progress import progress_bar
-from kernels import Segment
+from kernels import Backend, Segment
 from kernels.attention import PlannedSegment
 from kernels.linear import linear
 
@@ -94,6 +94,7 @@ class Point:
     kv_bytes: int  # keys and values that the baseline reads in a step
     matmul_alone_ms: list[float] = field(default_factory=list)
     prefix_alone_ms: list[float] = field(default_factory=list)
+    prefix_aten_ms: list[float] = field(default_factory=list)  # on CPU: the same by PyTorch's own kernel
     read_gbs: list[float] = field(default_factory=list)  # 10^9 bytes/s: what this machine reads at most
     decode_ms: dict[str, list[float]] = field(default_factory=dict)  # by mode: generating num_unique tokens
     first_token_ms: dict[str, list[float]] = field(default_factory=dict)  # generating one: what decode_ms has besides
@@ -111,6 +112,7 @@ class Point:
         - ``noattention_per_matmul``: a step without attention over its matrix products alone.
         - ``added_ms``: what attention adds to a step of hydragen; ``added_per_prefix``: that over the prefix attention
           alone.
+        - ``prefix_aten_per_alone``: PyTorch's own kernel for CPU over that, in time.
         - ``noshared_gbs``: the rate at which the baseline's attention reads keys and values, 10^9 bytes/s;
           ``noshared_per_read``: that over the rate at which the machine reads.
         - ``hf_per_hydragen``, ``hf_static_per_hydragen``: how many times faster hydragen is than transformers.
@@ -124,6 +126,7 @@ class Point:
             "noattention_per_matmul": _over(noattention, self.matmul_alone_ms),
             "added_ms": added_ms,
             "added_per_prefix": _over(added_ms, self.prefix_alone_ms),
+            "prefix_aten_per_alone": _over(self.prefix_aten_ms, self.prefix_alone_ms),
             "noshared_gbs": noshared_gbs,
             "noshared_per_read": _over(noshared_gbs, self.read_gbs),
             **{f"{mode}_per_hydragen": _over(self.step_ms(mode), hydragen) for mode in HF_MODES},
@@ -297,6 +300,9 @@ class _Runner:
         batch_size, device = self._comparison.batch_size, self._group.device
         point.matmul_alone_ms.append(matmul_alone_ms(self._model, batch_size, device))
         point.prefix_alone_ms.append(prefix_alone_ms(self._model, batch_size, point.num_shared, device))
+        if device.type == "cpu":
+            aten_ms = prefix_alone_ms(self._model, batch_size, point.num_shared, device, Backend.ATEN_CPU)
+            point.prefix_aten_ms.append(aten_ms)
         ceilings = measure_ceilings(device, self._config.dtype, rows=batch_size, seconds=_READ_SECONDS)
         point.read_gbs.append(ceilings.read_gbs)
 
@@ -316,7 +322,9 @@ def matmul_alone_ms(model: Transformer, batch_size: int, device: torch.device) -
     return len(model.layers) * best([p.weight for p in projections]) + best([model.head.weight])
 
 
-def prefix_alone_ms(model: Transformer, batch_size: int, num_shared: int, device: torch.device) -> float:
+def prefix_alone_ms(
+    model: Transformer, batch_size: int, num_shared: int, device: torch.device, backend: Backend | None = None
+) -> float:
     """A step's attention of all queries to the shared keys: one call, times the layers."""
     attention = model.layers[0].attention
     heads, D, dtype = attention.num_kv_heads, attention.head_dim, model.config.dtype
@@ -324,7 +332,7 @@ def prefix_alone_ms(model: Transformer, batch_size: int, num_shared: int, device
     q_HTD = torch.randn(heads, num_queries, D, device=device).to(dtype)
     k_HSD, v_HSD = torch.randn(2, heads, num_shared, D, device=device).to(dtype)
     segment = Segment(np.array([0, num_queries]), np.array([0]), np.array([num_shared]))
-    planned = PlannedSegment(segment, device, dtype)
+    planned = PlannedSegment(segment, device, dtype, backend)
     q, k, v = (x.transpose(0, 1) for x in (q_HTD, k_HSD, v_HSD))
     return len(model.layers) * min(best_of(lambda: planned.run(q, k, v, attention.scale), REPEATS, 2, device))
 
@@ -373,6 +381,7 @@ def _describe(point: Point, modes: Sequence[str]) -> dict[str, object]:
         "modes": described_modes,
         "matmul_alone_ms": _rounded(point.matmul_alone_ms),
         "prefix_alone_ms": _rounded(point.prefix_alone_ms),
+        "prefix_aten_ms": _rounded(point.prefix_aten_ms),
         "read_gbs": _rounded(point.read_gbs),
         "kv_bytes": point.kv_bytes,
         "figures": figures,

@@ -48,6 +48,13 @@ def print_breakdown(breakdown: Breakdown, console: Console) -> None:
     for point in points:
         for mode, failure in point.failures.items():
             console.print(f"shared {point.num_shared}, {mode}: {failure}", soft_wrap=True)
+    against_aten = [
+        f"{figures['prefix_aten_per_alone'].median:.1f} times as long at {point.num_shared}"
+        for point in points
+        if "prefix_aten_per_alone" in (figures := point.figures())
+    ]
+    if against_aten:
+        console.print(f"PyTorch's kernel takes for prefix attention alone {', '.join(against_aten)}.", soft_wrap=True)
     console.print(
         f"All modes ran in one process with {breakdown.environment['num_threads']} threads, taking turns. Steps and "
         "ratios are medians of the rounds, ratios of times of the same round.",

@@ -77,7 +77,7 @@ def test_logits_of_prompts_and_steps(family, dtype):
 def test_reference_backend(monkeypatch, dtype):
     """On the device it reads the same tables; in float32 there is no other."""
     if dtype != torch.float32:
-        monkeypatch.setattr("kernels.attention.default_backend", lambda device, dtype: Backend.REFERENCE)
+        monkeypatch.setattr("kernels.attention.default_backend", lambda *_: Backend.REFERENCE)
     cpu, device = engines(dtype=dtype)
     for method in ("hydragen", "hydragen_noshared"):
         options = {"attention": method, "forced_tokens": FORCED[5:], "return_logits": True}

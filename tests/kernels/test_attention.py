@@ -5,46 +5,30 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from segments import TOLERANCE, assert_state, make_inputs, make_segment
 
-from kernels import AttentionPlan, Backend, Segment, available_backends, merge_states, reference
+from kernels import AttentionPlan, Backend, Segment, available_backends, merge_states, reference, simd
 from kernels.attention import PlannedSegment
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-# One rounding of the output in the dtype, and for half precision one of the probabilities before they meet V.
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+CPU = torch.device("cpu")
+# Where each backend runs, whether or not it is the one that would be taken.
+BACKENDS = [
+    ("cpu", Backend.SIMD_CPU),
+    ("cpu", Backend.ATEN_CPU),
+    pytest.param(("cuda", None), marks=pytest.mark.gpu),
+]
 
 
-def make_segment(q_lens, k_lens, causal, rooms=None, shuffle=False) -> tuple[Segment, int]:
-    """Rows in an arena with a gap before each; returns the segment and the arena's size."""
-    k_lens = np.asarray(k_lens, dtype=np.int64)
-    rooms = k_lens if rooms is None else np.asarray(rooms, dtype=np.int64)
-    order = np.arange(len(k_lens))[::-1] if shuffle else np.arange(len(k_lens))
-    k_starts = np.zeros_like(k_lens)
-    position = 3
-    for row in order:
-        k_starts[row] = position
-        position += int(rooms[row])
-    q_offsets = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int64)
-    return Segment(q_offsets, k_starts, k_lens, causal, rooms), position + 2
-
-
-def make_inputs(segment, arena, Hq, Hkv, D, dtype, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    q = torch.randn(segment.num_queries, Hq, D, generator=generator).to(dtype)
-    k = torch.randn(arena, Hkv, D, generator=generator).to(dtype)
-    v = torch.randn(arena, Hkv, D, generator=generator).to(dtype)
-    return q, k, v
-
-
-def check(segment, arena, Hq, Hkv, D, dtype, device="cpu", backend=None):
+def check(segment, arena, Hq, Hkv, D, dtype, where=("cpu", None)):
+    device, backend = where
+    if backend == Backend.SIMD_CPU and simd.host() is None:
+        pytest.skip("kernels cannot be compiled for this CPU, or no llvmlite")
     q, k, v = make_inputs(segment, arena, Hq, Hkv, D, dtype)
     scale = D**-0.5
     expected_out, expected_lse = reference.segment_attention(q.double(), k.double(), v.double(), segment, scale)
     planned = PlannedSegment(segment, torch.device(device), dtype, backend)
     out, lse = planned.run(q.to(device), k.to(device), v.to(device), scale)
-    assert out.shape == q.shape and lse.shape == q.shape[:2] and lse.dtype == torch.float32
-    torch.testing.assert_close(out.double().cpu(), expected_out, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-    torch.testing.assert_close(lse.double().cpu(), expected_lse, atol=max(TOLERANCE[dtype] / 4, 5e-6), rtol=1e-5)
+    assert_state(out, lse, expected_out, expected_lse, dtype)
 
 
 CASES = {
@@ -63,37 +47,26 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("where", BACKENDS, ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_matches_reference(case, dtype, device):
+def test_matches_reference(case, dtype, where):
     segment, arena = make_segment(*CASES[case])
-    check(segment, arena, 6, 2, 64, dtype, device)
+    check(segment, arena, 6, 2, 64, dtype, where)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("most", [15, 16, 17])
-def test_many_rows_of_few_keys(most, dtype, device):
-    """Where a CPU turns from one way to evaluate a row to another; lengths differ, and some rows have two queries."""
-    k_lens = [most - row % 3 for row in range(48)]
-    segment, arena = make_segment([1] * 48, k_lens, False, rooms=[20] * 48)
-    check(segment, arena, 6, 2, 64, dtype, device)
-    segment, arena = make_segment([2] * 48, k_lens, False, rooms=[20] * 48)
-    check(segment, arena, 6, 2, 80, dtype, device)
-
-
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("where", BACKENDS, ids=str)
 @pytest.mark.parametrize("heads", [(1, 1), (4, 4), (8, 1), (12, 4), (5, 5)], ids=str)
 @pytest.mark.parametrize("head_dim", [16, 32, 80, 96, 128, 256])
-def test_head_shapes(heads, head_dim, device):
-    dtype = torch.float32 if device == "cpu" else torch.float16
+def test_head_shapes(heads, head_dim, where):
+    dtype = torch.float32 if where[0] == "cpu" else torch.float16
     segment, arena = make_segment([2, 1, 3], [6, 0, 9], False)
-    check(segment, arena, *heads, head_dim, dtype, device)
+    check(segment, arena, *heads, head_dim, dtype, where)
     segment, arena = make_segment([2, 1, 3], [6, 1, 9], True)
-    check(segment, arena, *heads, head_dim, dtype, device)
+    check(segment, arena, *heads, head_dim, dtype, where)
 
 
+@pytest.mark.parametrize("where", BACKENDS, ids=str)
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     rows=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9), st.integers(0, 3)), min_size=1, max_size=8),
@@ -101,47 +74,64 @@ def test_head_shapes(heads, head_dim, device):
     shuffle=st.booleans(),
     uniform_room=st.booleans(),
 )
-def test_any_rows(rows, causal, shuffle, uniform_room):
+def test_any_rows(rows, causal, shuffle, uniform_room, where):
     q_lens, k_lens, extra = zip(*rows, strict=True)
     rooms = [max(k_lens) + 2] * len(rows) if uniform_room else [k + e for k, e in zip(k_lens, extra, strict=True)]
     segment, arena = make_segment(q_lens, k_lens, causal, rooms, shuffle)
-    check(segment, arena, 4, 2, 16, torch.float32)
+    check(segment, arena, 4, 2, 16, torch.float32 if where[0] == "cpu" else torch.float16, where)
 
 
 def test_reference_backend_is_selectable():
     segment, arena = make_segment([2, 3], [4, 4], True)
-    check(segment, arena, 4, 2, 16, torch.float32, backend=Backend.REFERENCE)
+    check(segment, arena, 4, 2, 16, torch.float32, ("cpu", Backend.REFERENCE))
 
 
 def test_unavailable_backend_is_refused():
     segment, _ = make_segment([1], [1], False)
-    with pytest.raises(ValueError, match=r"aten_cuda cannot run .* accepted: aten_cpu, reference"):
-        PlannedSegment(segment, torch.device("cpu"), torch.float32, Backend.ATEN_CUDA)
-    assert available_backends(torch.device("cpu"), torch.float32)[0] == Backend.ATEN_CPU
+    with pytest.raises(ValueError, match=r"aten_cuda cannot run .* accepted: (simd_cpu, )?aten_cpu, reference"):
+        PlannedSegment(segment, CPU, torch.float32, Backend.ATEN_CUDA)
 
 
-def test_equal_rows_make_one_call_and_ragged_rows_few():
+def test_the_backend_that_is_taken(monkeypatch):
+    """Ours where it can be compiled; ATen's elsewhere, and for many queries a row where it has AMX."""
+    few, many = make_segment([15, 15], [9, 9], False)[0], make_segment([16, 16], [9, 9], False)[0]
+
+    def taken(segment, dtype):
+        return PlannedSegment(segment, CPU, dtype).backend
+
+    monkeypatch.setattr(simd, "host", lambda: None)
+    assert available_backends(CPU, torch.float32) == (Backend.ATEN_CPU, Backend.REFERENCE)
+    monkeypatch.setattr(simd, "host", lambda: simd.Target.avx2())
+    for has_amx in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_amx=has_amx: has_amx)
+        assert taken(many, torch.bfloat16) == (Backend.ATEN_CPU if has_amx else Backend.SIMD_CPU)
+        assert taken(few, torch.bfloat16) == taken(many, torch.float32) == Backend.SIMD_CPU
+
+
+def test_equal_rows_make_one_call_of_aten_and_ragged_rows_few():
     segment, _ = make_segment([1] * 64, [9] * 64, False, rooms=[16] * 64)
-    assert len(PlannedSegment(segment, torch.device("cpu"), torch.float32)._impl.calls) == 1
+    assert len(PlannedSegment(segment, CPU, torch.float32, Backend.ATEN_CPU)._impl.calls) == 1
     segment, _ = make_segment([1] * 64, list(range(1, 65)), False, rooms=[64] * 64)
-    assert len(PlannedSegment(segment, torch.device("cpu"), torch.float32)._impl.calls) <= 2
+    assert len(PlannedSegment(segment, CPU, torch.float32, Backend.ATEN_CPU)._impl.calls) <= 2
 
 
-def test_keys_past_the_room_are_never_read():
+@pytest.mark.parametrize("backend", available_backends(CPU, torch.float32), ids=str)
+def test_keys_past_the_room_are_never_read(backend):
     """NaN in every key that no row names, and in the rooms of rows without keys, leaves the result unchanged."""
     segment, arena = make_segment([1, 1, 1, 2], [4, 9, 2, 0], False, rooms=None)
     q, k, v = make_inputs(segment, arena, 4, 2, 16, torch.float32)
     named = torch.zeros(arena, dtype=torch.bool)
     for start, length in zip(segment.k_starts, segment.k_lens, strict=True):
         named[start : start + length] = True
-    plan = AttentionPlan([PlannedSegment(segment, torch.device("cpu"), torch.float32)])
+    plan = AttentionPlan([PlannedSegment(segment, CPU, torch.float32, backend)])
     expected = plan.run(q, k, v, 0.25)
     k[~named], v[~named] = float("nan"), float("nan")
     torch.testing.assert_close(plan.run(q, k, v, 0.25), expected, rtol=0, atol=0)
     assert torch.isfinite(expected).all() and named.sum() == 15
 
 
-def test_splitting_the_keys_changes_nothing():
+@pytest.mark.parametrize("backend", available_backends(CPU, torch.float32), ids=str)
+def test_splitting_the_keys_changes_nothing(backend):
     """Attention over a set of keys is the merge of attention over its parts, whatever the order."""
     whole, arena = make_segment([1, 1, 1], [20, 20, 20], False)
     q, k, v = make_inputs(whole, arena, 4, 2, 32, torch.float32)
@@ -149,7 +139,7 @@ def test_splitting_the_keys_changes_nothing():
         Segment(whole.q_offsets, whole.k_starts + first, np.full(3, last - first), False)
         for first, last in ((0, 0), (0, 7), (7, 8), (8, 20))
     ]
-    planned = [PlannedSegment(p, torch.device("cpu"), torch.float32) for p in parts]
+    planned = [PlannedSegment(p, CPU, torch.float32, backend) for p in parts]
     expected, _ = reference.segment_attention(q.double(), k.double(), v.double(), whole, 0.2)
     for order in (planned, planned[::-1]):
         out = AttentionPlan(order).run(q, k, v, 0.2)

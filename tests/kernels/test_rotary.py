@@ -6,8 +6,9 @@ from kernels.rotary import apply_rotary_
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
+@pytest.mark.usefixtures("target")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("head_dim", [2, 16, 80])
+@pytest.mark.parametrize("head_dim", [2, 16, 18, 80])
 def test_rotates_pairs_in_place(dtype, head_dim):
     """A pair (d, d + D/2) turns by its angle: checked as complex numbers in float64, on a strided view."""
     generator = torch.Generator().manual_seed(0)

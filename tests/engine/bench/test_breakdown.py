@@ -45,6 +45,7 @@ def measured(steps=STEPS, drift=DRIFT, **changes):
         kv_bytes=2 * 10**9,
         matmul_alone_ms=[10.0 * slower for slower in drift],
         prefix_alone_ms=[20.0 * slower for slower in drift],
+        prefix_aten_ms=[90.0 * slower for slower in drift],
         read_gbs=[40.0 / slower for slower in drift],
         decode_ms={mode: [slower * (15 * ms + 7) for slower in rounds[mode]] for mode, ms in steps.items()},
         first_token_ms={mode: [slower * 7 for slower in rounds[mode]] for mode in steps},
@@ -77,6 +78,7 @@ def test_what_times_are_held_against():
         "noattention_per_matmul": [pytest.approx(1.5)],  # 15 / 10
         "added_ms": [pytest.approx(25)],  # 40 - 15
         "added_per_prefix": [pytest.approx(1.25)],  # 25 / 20
+        "prefix_aten_per_alone": [pytest.approx(4.5)],  # 90 / 20
         "noshared_gbs": [pytest.approx(20)],  # 2 GB in 115 - 15 ms
         "noshared_per_read": [pytest.approx(0.5)],  # of 40
         "hf_per_hydragen": [pytest.approx(20)],  # 800 / 40
@@ -107,7 +109,7 @@ def test_the_median_of_the_rounds_is_reported():
 
 def test_a_mode_that_was_not_run_has_no_figures():
     point = measured({"hydragen": 40.0})
-    assert set(point.figures()) == {"hydragen_ms"}
+    assert set(point.figures()) == {"hydragen_ms", "prefix_aten_per_alone"}
     text = printed(point)
     assert row(text, "hydragen")[:2] == ["3", "80.0"]
     assert row(text, "hydragen")[4:6] == ["-", "-"]
@@ -134,6 +136,8 @@ def test_the_table():
     assert "x its matrix products alone, 10.0 ms" in text  # the best round's
     assert row(text, "hydragen", 1)[4] == "1.25"
     assert "x prefix attention alone, 20.0 ms: what attention adds, 50.0 ms" in text
+    assert "PyTorch's kernel takes for prefix attention alone 4.5 times as long at 4096, 4.5 times as long at 8192." in text
+    assert "PyTorch's kernel" not in printed(measured(prefix_aten_ms=[]))  # on CUDA there is no other
     assert row(text, "hydragen_noshared")[4] == "50%"
     assert "its keys and values at 10.0 GB/s" in text
     assert row(text, "hf")[:2] == ["2", "1200.0"] and row(text, "hf")[4] == "20.0"
@@ -196,7 +200,7 @@ def fakes(monkeypatch):
     monkeypatch.setattr(breakdown, "EngineMode", engine_mode)
     monkeypatch.setattr(breakdown, "make_mode", lambda name, *args: FakeMode(name))
     monkeypatch.setattr(breakdown, "matmul_alone_ms", lambda *args: log.append("alone") or 10.0)
-    monkeypatch.setattr(breakdown, "prefix_alone_ms", lambda *args: 20.0)
+    monkeypatch.setattr(breakdown, "prefix_alone_ms", lambda *args: 90.0 if "aten_cpu" in args else 20.0)
     monkeypatch.setattr(breakdown, "measure_ceilings", lambda *args, **kwargs: SimpleNamespace(read_gbs=40.0))
     monkeypatch.setattr("engine.bench.timing.time", clock)
     return fakes
@@ -225,6 +229,7 @@ def test_modes_take_turns(tmp_path, fakes):
             assert point.step_ms(mode) == pytest.approx([step_ms] * num_rounds)
             assert point.first_token_ms[mode] == pytest.approx([7] * num_rounds)
         assert point.matmul_alone_ms == [10.0] * 3 and point.prefix_alone_ms == [20.0] * 3
+        assert point.prefix_aten_ms == [90.0] * 3
         assert point.read_gbs == [40.0] * 3
 
 
@@ -349,7 +354,7 @@ def test_one_run_measures_every_part(tmp_path):
         assert not point.failures
         # K and V, layers, heads, D, batch, keys
         assert described["kv_bytes"] == point.kv_bytes == 2 * 2 * 2 * 16 * 2 * (point.num_shared + 2) * 4
-        for name in ("matmul_alone_ms", "prefix_alone_ms", "read_gbs"):
+        for name in ("matmul_alone_ms", "prefix_alone_ms", "prefix_aten_ms", "read_gbs"):
             assert described[name] == pytest.approx(getattr(point, name), rel=1e-5)
             assert len(described[name]) == 2 and min(described[name]) > 0
         for mode in MODES:
