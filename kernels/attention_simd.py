@@ -110,14 +110,18 @@ class _Emitter:
             k_rows = _Rows(self, Argument.K, task[Task.HEAD] * k.integer(Argument.K_HEAD_STRIDE), k_start, num_keys)
             v_rows = _Rows(self, Argument.V, task[Task.HEAD] * k.integer(Argument.V_HEAD_STRIDE), k_start, num_keys)
             rows_end = (num_queries * self.group + (self.R - 1)) // self.R * self.R
+            k_rows.prefetch_first()
+            v_rows.prefetch_first()
             self._start(task, rows_end)
             with k.range(0, num_keys, _BLOCK_KEYS) as first_key:
-                self._lay_down_keys(k_rows, first_key)
-                self._lay_down_values(v_rows, first_key)
+                block_keys = (num_keys - first_key).minimum(_BLOCK_KEYS)
+                block_words = (block_keys + (self.per_word - 1)) // self.per_word
+                self._lay_down_keys(k_rows, first_key, block_keys)
+                self._lay_down_values(v_rows, first_key, block_words)
                 with k.range(0, rows_end, self.R) as first_row:
                     scores = self._scores(k_rows, first_key, first_row)
                     rescale = self._softmax(scores, first_key, first_row)
-                    self._accumulate(rescale, v_rows, first_key, first_row)
+                    self._accumulate(rescale, v_rows, first_key, first_row, block_words)
             self._finish(task)
         return k
 
@@ -152,28 +156,32 @@ class _Emitter:
                 for word in range(0, self.D_words_row, self.W):
                     self.queries.store(row * self.D_words_row + word, self._load_words(token + head * self.D, word))
 
-    def _lay_down_keys(self, rows: "_Rows", first_key: Value) -> None:
-        """A block of keys, transposed: its words of dimension ``d`` side by side."""
-        with self.kernel.range(0, _BLOCK_KEYS, self.W) as key:
+    def _lay_down_keys(self, rows: "_Rows", first_key: Value, block_keys: Value) -> None:
+        """A block of keys, transposed: its words of dimension ``d`` side by side. Past the last one anything may lie:
+        the scores there are masked."""
+        with self.kernel.range(0, block_keys, self.W) as key:
             sources = [rows.at(first_key + key + lane) for lane in range(self.W)]
             for word in range(0, self.D_words_row, self.W):
                 square = [self._load_words(source, word).reinterpret(simd.I32) for source in sources]
                 for i, column in enumerate(self.kernel.transpose(square)):
                     self.keys.store(key + (word + i) * _BLOCK_KEYS, column.reinterpret(self.word))
 
-    def _lay_down_values(self, rows: "_Rows", first_key: Value) -> None:
+    def _lay_down_values(self, rows: "_Rows", first_key: Value, block_words: Value) -> None:
         """A block of values: as they are, or the rows of two keys woven into pairs."""
-        with self.kernel.range(0, self.block_words) as word:
+        with self.kernel.range(0, block_words) as word:
             sources = [rows.at(first_key + word * self.per_word + i) for i in range(self.per_word)]
-            for d in range(0, self.D_row, self.W):
-                count = min(self.D - d, self.W)
-                if self.in_pairs:
-                    halves = [source.of(simd.I16).load_padded(d, count, self.W) for source in sources]
-                    lower, upper = (half.convert(simd.I32) for half in halves)
-                    vector = lower | (upper << 16)
-                else:
-                    vector = sources[0].load_floats(d, count)
-                self.values.store(word * self.D_row + d, vector)
+            target = self.values + word * self.D_row
+            step = self.W * self.per_word
+            for d in range(0, self.D_row, step):
+                count = min(self.D - d, step)
+                if not self.in_pairs:
+                    target.store(d, sources[0].load_floats(d, count))
+                    continue
+                first, second = (source.of(simd.I16).load_padded(d, count, step) for source in sources)
+                woven = [lane + key * step for lane in range(step) for key in range(2)]
+                for half in range(min(2, (self.D_row - d) // self.W)):
+                    pairs = first.shuffle(second, woven[half * step : (half + 1) * step])
+                    target.store(d + half * self.W, pairs.reinterpret(simd.I32))
 
     def _scores(self, k_rows: "_Rows", first_key: Value, first_row: Value) -> list[list[Value]]:
         """Queries times keys of one tile: for each of R rows, the block's vectors of keys."""
@@ -230,7 +238,9 @@ class _Emitter:
             self.sum.store((first_row + r) * self.W, total)
         return rescale
 
-    def _accumulate(self, rescale: list[Value], v_rows: "_Rows", first_key: Value, first_row: Value) -> None:
+    def _accumulate(
+        self, rescale: list[Value], v_rows: "_Rows", first_key: Value, first_row: Value, block_words: Value
+    ) -> None:
         """``out = out * rescale + probabilities times values``, for one tile."""
         k = self.kernel
         for first in range(0, self.D_row // self.W, self.columns):
@@ -239,7 +249,7 @@ class _Emitter:
             sums = [
                 [k.variable(self.out.load(place, self.W) * rescale[r]) for place in places[r]] for r in range(self.R)
             ]
-            with k.range(0, self.block_words) as word:
+            with k.range(0, block_words) as word:
                 if first == 0:
                     v_rows.prefetch(first_key, first_row, word, self.block_words)
                 values = [self.values.load(word * self.D_row + c * self.W, self.W) for c in columns]
@@ -298,6 +308,15 @@ class _Rows:
     def at(self, row: Value) -> Pointer:
         """Row ``row``; the last one in place of those past it, which may not be read, and whose scores are masked."""
         return self._base + row.minimum(self._last) * self._stride
+
+    def prefetch_first(self) -> None:
+        """Asks for the task's first block."""
+        e = self._emitter
+        if not e.num_tiles:
+            return
+        with e.kernel.range(0, (self._last + 1).minimum(_BLOCK_KEYS)) as row:
+            for line in range(-(-e.D * e.dtype.itemsize // 64)):
+                (self._base + row * self._stride).prefetch(line * (64 // e.dtype.itemsize))
 
     def prefetch(self, first_key: Value, first_row: Value, step: Value, num_steps: int) -> None:
         """In step ``step`` of a tile's loop, asks for its part of the next block, so that requests come evenly."""
