@@ -1,5 +1,8 @@
 """Our own CPU attention: what its tiles, blocks, parts and targets could get wrong, against the float64 reference."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -64,8 +67,9 @@ def test_large_scores():
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
 @pytest.mark.parametrize("num_keys", [511, 512, 1100, 5000])
 def test_keys_split_between_threads(num_keys, num_threads):
-    """Rows too few to keep the threads busy; beside a long one a row that ends before the last part begins."""
-    segment, arena = make_segment([1, 1], [num_keys, 40], True)
+    """Rows too few to keep the threads busy, a causal mask in the last part; beside a long row one that ends before
+    the last part begins."""
+    segment, arena = make_segment([3, 1], [num_keys, 40], True)
     q, k, v = make_inputs(segment, arena, 3, 1, 16, torch.float32)
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
@@ -109,6 +113,32 @@ def test_strided_inputs():
         out, lse = SimdSegment(segment).run(queries, *by_head, 0.25)
         torch.testing.assert_close(out, expected[0], rtol=0, atol=0)
         torch.testing.assert_close(lse, expected[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("num_keys", [1, 15, 63, 67])
+def test_nothing_past_the_last_key_is_read(num_keys, dtype):
+    """A page that may not be read follows the arenas, in a process of its own: reading there would end it."""
+    code = f"""
+import ctypes, mmap
+import numpy as np, torch
+from kernels import Segment
+from kernels.attention_simd import SimdSegment
+
+def arena():
+    size = 4 * mmap.PAGESIZE
+    pages = mmap.mmap(-1, size + mmap.PAGESIZE)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(pages)) + size
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), mmap.PAGESIZE, 0) == 0
+    num_bytes = {num_keys} * 2 * 17 * {dtype}.itemsize
+    flat = torch.frombuffer(pages, dtype={dtype}, count={num_keys} * 2 * 17, offset=size - num_bytes)
+    return flat.fill_(0.5).view(2, {num_keys}, 17).transpose(0, 1)
+
+segment = Segment(np.array([0, 3]), np.array([0]), np.array([{num_keys}]), False)
+out, _ = SimdSegment(segment).run(torch.ones(3, 4, 17, dtype={dtype}), arena(), arena(), 0.25)
+torch.testing.assert_close(out, torch.full((3, 4, 17), 0.5))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
