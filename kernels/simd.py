@@ -304,11 +304,11 @@ class Pointer:
             self.store(index, vector if self.element == F32 else vector.convert(self.element), count)
 
     def prefetch(self, index: Number) -> None:
-        """Asks for the cache line of an element; may name an address that does not exist."""
+        """Asks for the cache line of an element, to be read once; may name an address that does not exist."""
         self.kernel.intrinsic(
             "llvm.prefetch.p0",
             ir.VoidType(),
-            [(self + index).address, *(ir.Constant(I32, code) for code in (0, 3, 1))],  # to read, keep near, data
+            [(self + index).address, *(ir.Constant(I32, code) for code in (0, 0, 1))],  # to read, not to be kept, data
         )
 
 
@@ -407,17 +407,35 @@ class Kernel:
         return Value(self, self.intrinsic(name, accumulator.type, pairs))
 
     def transpose(self, rows: Sequence[Value]) -> list[Value]:
-        """A square of lanes, transposed: each round, blocks of twice the size change places across the diagonal."""
-        rows, size, step = list(rows), len(rows), 1
-        while step < size:
-            lower = [lane if not lane & step else lane - step + size for lane in range(size)]
-            upper = [lane + step if not lane & step else lane + size for lane in range(size)]
-            for i in range(size):
-                if not i & step:
-                    x, y = rows[i], rows[i + step]
-                    rows[i], rows[i + step] = x.shuffle(y, lower), x.shuffle(y, upper)
-            step *= 2
-        return rows
+        """A square of 32-bit lanes, transposed, by shuffles that every CPU has as one instruction each."""
+        size = len(rows)
+        quads = range(0, size, 4)  # registers are made of parts of 4 lanes, which shuffles cross less easily
+
+        def weave(x: Value, y: Value, width: int, upper: bool) -> Value:
+            """The lower or upper halves of both's parts, ``width`` lanes of each in turn."""
+            i, j = 2 * upper, 2 * upper + size
+            order = (i, j, i + 1, j + 1) if width == 1 else (i, i + 1, j, j + 1)
+            return x.shuffle(y, [part + lane for part in quads for lane in order])
+
+        def gather(vectors: list[Value]) -> list[Value]:
+            """Part ``p`` of all vectors, for every ``p``."""
+            if len(vectors) == 1:
+                return vectors
+            even = [lane + i for lane in range(0, 2 * size, 8) for i in range(4)]
+            pairs = list(zip(vectors[::2], vectors[1::2], strict=True))
+            evens = gather([x.shuffle(y, even) for x, y in pairs])
+            odds = gather([x.shuffle(y, [lane + 4 for lane in even]) for x, y in pairs])
+            return [vector for both in zip(evens, odds, strict=True) for vector in both]
+
+        columns: list[list[Value]] = [[] for _ in range(4)]  # by column within its part, then by quad of rows
+        for quad in quads:
+            a, b, c, d = rows[quad : quad + 4]
+            for upper in (False, True):
+                ab, cd = weave(a, b, 1, upper), weave(c, d, 1, upper)
+                columns[2 * upper].append(weave(ab, cd, 2, False))
+                columns[2 * upper + 1].append(weave(ab, cd, 2, True))
+        gathered = [gather(column) for column in columns]
+        return [gathered[i % 4][i // 4] for i in range(size)]
 
     @contextmanager
     def range(self, start: Number, stop: Number, step: int = 1) -> Iterator[Value]:
@@ -436,6 +454,15 @@ class Kernel:
         index.add_incoming(builder.add(index, ir.Constant(I64, step)), builder.block)
         builder.branch(head)
         builder.position_at_end(done)
+
+    def unrolled(self, count: int, times: int, body: Callable[[Value], None]) -> None:
+        """Calls ``body(index)`` for every index below ``count``: in a loop of ``times`` of them, and for what is left."""
+        whole = count // times * times
+        with self.range(0, whole, times) as index:
+            for i in range(times):
+                body(index + i)
+        for i in range(whole, count):
+            body(self.constant(i, I64))
 
     def each_vector(self, length: int, body: Callable[[Number, int], None]) -> None:
         """Calls ``body(index, count)`` for all of ``length`` elements, a vector at a time: in a loop of the compiled
