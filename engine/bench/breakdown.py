@@ -9,7 +9,7 @@ Shapes: B sequences, S shared tokens, Hkv KV heads, G query heads of a KV head, 
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +104,23 @@ class Point:
         """One decode step of ``mode``, one time a round. A time that is lost in noise can be negative."""
         pairs = zip(self.decode_ms.get(mode, ()), self.first_token_ms.get(mode, ()), strict=True)
         return [(every - first) / (self.num_unique - 1) for every, first in pairs]
+
+    def least(self) -> "Point":
+        """This point with the least time, and the highest rate, of all rounds in place of each: what everything takes
+        when nothing else disturbs it. The operations alone are such times already."""
+
+        def least_of(times: dict[str, list[float]]) -> dict[str, list[float]]:
+            return {mode: [min(values)] for mode, values in times.items() if values}
+
+        return replace(
+            self,
+            matmul_alone_ms=[min(self.matmul_alone_ms)],
+            prefix_alone_ms=[min(self.prefix_alone_ms)],
+            prefix_aten_ms=[min(self.prefix_aten_ms)] if self.prefix_aten_ms else [],
+            read_gbs=[max(self.read_gbs)],
+            decode_ms=least_of(self.decode_ms),
+            first_token_ms=least_of(self.first_token_ms),
+        )
 
     def figures(self) -> dict[str, Series]:
         """What the times amount to, without what lacks a mode or would divide by a time that is lost in noise.
@@ -368,10 +385,12 @@ def _describe(point: Point, modes: Sequence[str]) -> dict[str, object]:
         }
         if mode in point.failures:
             described_modes[mode]["message"] = point.failures[mode]
+    least = point.least().figures()
     figures = {
         name: {
             "median": _round(series.median),
             "spread": None if series.spread is None else _round(series.spread),
+            "least": _round(least[name].median) if name in least else None,
             "rounds": _rounded(series.values),
         }
         for name, series in point.figures().items()

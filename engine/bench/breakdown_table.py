@@ -21,15 +21,16 @@ def print_breakdown(breakdown: Breakdown, console: Console) -> None:
         box=box.HORIZONTALS,
         padding=(0, 1, 0, 0),
     )
-    for heading in ("shared", "mode", "rounds", "ms", "spread", "ratio", "spread", ""):
+    for heading in ("shared", "mode", "rounds", "ms", "spread", "least", "ratio", "spread", "least", ""):
         table.add_column(heading, justify="left" if heading in ("mode", "") else "right")
     shown: list[Series] = []
     for point in points:
-        figures = point.figures()
-        held_against = _held_against(point, figures)
+        figures, least = point.figures(), point.least().figures()
+        held_against, held_at_least = _held_against(point, figures), _held_against(point, least)
         for i, mode in enumerate(comparison.modes):
             step = figures.get(f"{mode}_ms")
             ratio, spec, what = held_against.get(mode, (None, "", ""))
+            least_ratio = held_at_least.get(mode, (None, "", ""))[0]
             shown += [series for series in (step, ratio) if series is not None]
             table.add_row(
                 "" if i else str(point.num_shared),  # a length's first row names it
@@ -37,8 +38,10 @@ def print_breakdown(breakdown: Breakdown, console: Console) -> None:
                 str(len(step.values)) if step else _MISSING,
                 _step(step),
                 _spread(step),
+                _step(least.get(f"{mode}_ms")),
                 format(ratio.median, spec) if ratio else _MISSING,
                 _spread(ratio),
+                format(least_ratio.median, spec) if least_ratio else _MISSING,
                 what,
             )
         table.add_section()
@@ -57,7 +60,8 @@ def print_breakdown(breakdown: Breakdown, console: Console) -> None:
         console.print(f"PyTorch's kernel takes for prefix attention alone {', '.join(against_aten)}.", soft_wrap=True)
     console.print(
         f"All modes ran in one process with {breakdown.environment['num_threads']} threads, taking turns. Steps and "
-        "ratios are medians of the rounds, ratios of times of the same round.",
+        "ratios are medians of the rounds, ratios of times of the same round; beside them what the least times of all "
+        "rounds come to.",
         soft_wrap=True,
     )
     console.print(
@@ -79,7 +83,7 @@ def _held_against(point: Point, figures: Mapping[str, Series]) -> dict[str, tupl
         "hydragen": (
             figures.get("added_per_prefix"),
             ".2f",
-            f"x prefix attention alone, {prefix_ms:.1f} ms: what attention adds, {_median(figures, 'added_ms')} ms",
+            f"x prefix attention alone, {prefix_ms:.1f} ms; attention adds {_median(figures, 'added_ms')} ms",
         ),
         "hydragen_noshared": (
             figures.get("noshared_per_read"),
