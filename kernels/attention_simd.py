@@ -333,7 +333,7 @@ class _Rows:
                     (self._base + row * self._stride).prefetch(line * self._line)
 
     def ahead(self, first_key: Value, first_row: Value, num_steps: int) -> "_Ahead | None":
-        """The requests for a later block that a tile makes in ``num_steps`` steps; None where memory does not decide."""
+        """Requests for a later block, made in a tile's ``num_steps`` steps; None where memory does not decide."""
         return _Ahead(self, first_key, first_row, num_steps) if self._emitter.num_tiles else None
 
     @property
@@ -369,9 +369,10 @@ class _Ahead:
                     row.prefetch(line * rows._line)
             return
         lines = -(-rows._lines // self._steps_per_row)
-        row = self._base + step // self._steps_per_row * rows._stride + step % self._steps_per_row * (lines * rows._line)
+        part = self._base + step // self._steps_per_row * rows._stride
+        part = part + step % self._steps_per_row * (lines * rows._line)
         for line in range(lines):
-            row.prefetch(line * rows._line)
+            part.prefetch(line * rows._line)
 
 
 @cache

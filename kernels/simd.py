@@ -96,8 +96,10 @@ if ir is not None:
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Before the caller's arguments go the counter that hands out tasks, and their number.
-_NUM_HIDDEN = 2
+# Before the caller's arguments go the counter that hands out tasks, their number, and how many it hands out at once.
+_NUM_HIDDEN = 3
+# Enough that threads end together, and few enough that they do not wait for each other at the counter.
+_CLAIMS_PER_THREAD = 16
 
 Number = "Value | int | float"
 
@@ -456,7 +458,7 @@ class Kernel:
         builder.position_at_end(done)
 
     def unrolled(self, count: int, times: int, body: Callable[[Value], None]) -> None:
-        """Calls ``body(index)`` for every index below ``count``: in a loop of ``times`` of them, and for what is left."""
+        """Calls ``body(index)`` for every index below ``count``, ``times`` of them in each turn of a loop."""
         whole = count // times * times
         with self.range(0, whole, times) as index:
             for i in range(times):
@@ -489,17 +491,18 @@ class Kernel:
 
     @contextmanager
     def tasks(self) -> Iterator[Value]:
-        """The loop over a launch's tasks that its threads share: each index goes to the thread that asks next."""
+        """The loop over a launch's tasks that its threads share: the next few go to the thread that asks next."""
         builder = self.builder
         counter = Pointer(self, builder.inttoptr(self._arguments[0].ir, _POINTER), I64)
-        count = self._arguments[1]
+        count, at_once = self._arguments[1], self._arguments[2]
         claim, body, done = (builder.append_basic_block(name) for name in ("claim", "body", "done"))
         builder.branch(claim)
         builder.position_at_end(claim)
-        index = Value(self, builder.atomic_rmw("add", counter.address, ir.Constant(I64, 1), "monotonic"))
-        builder.cbranch((index < count).ir, body, done)
+        first = Value(self, builder.atomic_rmw("add", counter.address, at_once.ir, "monotonic"))
+        builder.cbranch((first < count).ir, body, done)
         builder.position_at_end(body)
-        yield index
+        with self.range(first, (first + at_once).minimum(count)) as index:
+            yield index
         builder.branch(claim)
         builder.position_at_end(done)
 
@@ -549,8 +552,9 @@ class CompiledKernel:
         if num_threads == 0:
             return
         counter = ctypes.c_int64(0)
+        at_once = max(1, num_tasks // (_CLAIMS_PER_THREAD * num_threads))
         packed = (ctypes.c_int64 * (_NUM_HIDDEN + len(arguments)))(
-            ctypes.addressof(counter), num_tasks, *[x if type(x) is int else _pack(x) for x in arguments]
+            ctypes.addressof(counter), num_tasks, at_once, *[x if type(x) is int else _pack(x) for x in arguments]
         )
         _fork_join()(self._address, packed, num_threads, 0)
 
