@@ -168,6 +168,7 @@ class _Emitter:
         the scores there are masked."""
         with self.kernel.range(0, block_keys, self.W) as key:
             sources = [rows.at(first_key + key + lane) for lane in range(self.W)]
+            rows.prefetch_next(first_key + key, self.W)
             for word in range(0, self.D_words_row, self.W):
                 square = [self._load_words(source, word).reinterpret(simd.I32) for source in sources]
                 for i, column in enumerate(self.kernel.transpose(square)):
@@ -177,6 +178,7 @@ class _Emitter:
         """A block of values: as they are, or the rows of two keys woven into pairs."""
         with self.kernel.range(0, block_words) as word:
             sources = [rows.at(first_key + word * self.per_word + i) for i in range(self.per_word)]
+            rows.prefetch_next(first_key + word * self.per_word, self.per_word)
             target = self.values + word * self.D_row
             step = self.W * self.per_word
             for d in range(0, self.D_row, step):
@@ -330,7 +332,16 @@ class _Rows:
         if e.num_tiles:
             with e.kernel.range(0, (self._last + 1).minimum(_BLOCKS_AHEAD * e.block_keys)) as row:
                 for line in range(self._lines):
-                    (self._base + row * self._stride).prefetch(line * self._line)
+                    (self._base + row * self._stride).prefetch(line * self._line, once=True)
+
+    def prefetch_next(self, row: Value, count: int) -> None:
+        """Where arithmetic decides: asks for the same rows of the next block. Many tiles' work lies before it."""
+        e = self._emitter
+        if not e.num_tiles:
+            for i in range(count):
+                next_row = self._base + (row + (i + e.block_keys)) * self._stride
+                for line in range(self._lines):
+                    next_row.prefetch(line * self._line, once=False)
 
     def ahead(self, first_key: Value, first_row: Value, num_steps: int) -> "_Ahead | None":
         """Requests for a later block, made in a tile's ``num_steps`` steps; None where memory does not decide."""
@@ -366,13 +377,13 @@ class _Ahead:
             for i in range(self._rows_per_step):
                 row = self._base + (step * self._rows_per_step + i) * rows._stride
                 for line in range(rows._lines):
-                    row.prefetch(line * rows._line)
+                    row.prefetch(line * rows._line, once=True)
             return
         lines = -(-rows._lines // self._steps_per_row)
         part = self._base + step // self._steps_per_row * rows._stride
         part = part + step % self._steps_per_row * (lines * rows._line)
         for line in range(lines):
-            part.prefetch(line * rows._line)
+            part.prefetch(line * rows._line, once=True)
 
 
 @cache

@@ -305,13 +305,10 @@ class Pointer:
         else:
             self.store(index, vector if self.element == F32 else vector.convert(self.element), count)
 
-    def prefetch(self, index: Number) -> None:
-        """Asks for the cache line of an element, to be read once; may name an address that does not exist."""
-        self.kernel.intrinsic(
-            "llvm.prefetch.p0",
-            ir.VoidType(),
-            [(self + index).address, *(ir.Constant(I32, code) for code in (0, 0, 1))],  # to read, not to be kept, data
-        )
+    def prefetch(self, index: Number, once: bool) -> None:
+        """Asks for the cache line of an element, to be read ``once`` or often; the address need not exist."""
+        read, locality, data = (ir.Constant(I32, code) for code in (0, 0 if once else 3, 1))
+        self.kernel.intrinsic("llvm.prefetch.p0", ir.VoidType(), [(self + index).address, read, locality, data])
 
 
 class Kernel:
