@@ -109,13 +109,13 @@ class _Emitter:
     def emit(self) -> Kernel:
         k = self.kernel
         self.group, self.scale = k.integer(Argument.GROUP), k.real(Argument.SCALE)
+        tasks = k.pointer(Argument.TASKS, simd.I64)
         with k.tasks() as index:
-            task = k.pointer(Argument.TASKS, simd.I64) + index * int(Task.COUNT)
-            k_start, num_queries = task[Task.KEY], task[Task.NUM_QUERIES]
+            task = tasks + index * int(Task.COUNT)
+            num_queries = task[Task.NUM_QUERIES]
             last_visible = task[Task.VISIBLE] + task[Task.VISIBLE_STEP] * (num_queries - 1)
             num_keys = task[Task.NUM_KEYS].minimum(last_visible)
-            k_rows = _Rows(self, Argument.K, task[Task.HEAD] * k.integer(Argument.K_HEAD_STRIDE), k_start, num_keys)
-            v_rows = _Rows(self, Argument.V, task[Task.HEAD] * k.integer(Argument.V_HEAD_STRIDE), k_start, num_keys)
+            k_rows, v_rows = (_Rows(self, argument, task, num_keys) for argument in (Argument.K, Argument.V))
             rows_end = (num_queries * self.group + (self.R - 1)) // self.R * self.R
             k_rows.prefetch_first()
             v_rows.prefetch_first()
@@ -129,6 +129,10 @@ class _Emitter:
                     scores = self._scores(k_rows, first_key, first_row)
                     rescale = self._softmax(scores, first_key, first_row)
                     self._accumulate(rescale, v_rows, first_key, first_row, block_words)
+            # Most often the next task is this thread's, too: its first keys come while this one's results are written.
+            following = tasks + (index + 1).minimum(k.num_tasks - 1) * int(Task.COUNT)
+            for argument in (Argument.K, Argument.V):
+                _Rows(self, argument, following, following[Task.NUM_KEYS]).prefetch_first()
             self._finish(task)
         return k
 
@@ -315,11 +319,15 @@ class _Emitter:
 class _Rows:
     """The rows of the arena that a task reads, of one KV head."""
 
-    def __init__(self, emitter: _Emitter, argument: Argument, head_offset: Value, start: Value, count: Value):
+    def __init__(self, emitter: _Emitter, argument: Argument, task: Pointer, count: Value):
         k = emitter.kernel
-        stride = {Argument.K: Argument.K_STRIDE, Argument.V: Argument.V_STRIDE}[argument]
+        stride, head_stride = {
+            Argument.K: (Argument.K_STRIDE, Argument.K_HEAD_STRIDE),
+            Argument.V: (Argument.V_STRIDE, Argument.V_HEAD_STRIDE),
+        }[argument]
         self._emitter, self._stride = emitter, k.integer(stride)
-        self._base = k.pointer(argument, emitter.element) + head_offset + start * self._stride
+        start = task[Task.HEAD] * k.integer(head_stride) + task[Task.KEY] * self._stride
+        self._base = k.pointer(argument, emitter.element) + start
         self._last = count - 1
 
     def at(self, row: Value) -> Pointer:

@@ -335,6 +335,11 @@ class Kernel:
     def integer(self, argument: int) -> Value:
         return self._arguments[_NUM_HIDDEN + argument]
 
+    @property
+    def num_tasks(self) -> Value:
+        """Of the launch."""
+        return self._arguments[1]
+
     def real(self, argument: int) -> Value:
         """A float argument, as float32."""
         return self._arguments.of(F64)[_NUM_HIDDEN + argument].convert(F32)
@@ -491,7 +496,7 @@ class Kernel:
         """The loop over a launch's tasks that its threads share: the next few go to the thread that asks next."""
         builder = self.builder
         counter = Pointer(self, builder.inttoptr(self._arguments[0].ir, _POINTER), I64)
-        count, at_once = self._arguments[1], self._arguments[2]
+        count, at_once = self.num_tasks, self._arguments[2]
         claim, body, done = (builder.append_basic_block(name) for name in ("claim", "body", "done"))
         builder.branch(claim)
         builder.position_at_end(claim)
