@@ -79,10 +79,13 @@ class Task(IntEnum):
 class _Emitter:
     """Writes the kernel for one dtype, head dimension and tile of ``R`` rows.
 
-    ``num_tiles``: of how many tiles a memory-bound task consists; 0 when tasks are bound by arithmetic.
+    ``num_tiles``: of how many tiles a memory-bound task consists; 0 when tasks are bound by arithmetic. ``max_rows``:
+    of a task.
     """
 
-    def __init__(self, target: Target, dtype: torch.dtype, head_dim: int, tile_rows: int, num_tiles: int):
+    def __init__(
+        self, target: Target, dtype: torch.dtype, head_dim: int, tile_rows: int, num_tiles: int, max_rows: int
+    ):
         self.kernel = k = Kernel("attention", target)
         self.W, self.D, self.R, self.num_tiles = target.lanes, head_dim, tile_rows, num_tiles
         self.block_keys = _MEMORY_BOUND_BLOCK_KEYS if num_tiles else _BLOCK_KEYS
@@ -96,7 +99,7 @@ class _Emitter:
         self.D_row = -(-head_dim // self.W) * self.W  # padded to whole vectors
         self.D_words_row = -(-self.D_words // self.W) * self.W
         self.block_words = self.block_keys // self.per_word
-        rows = _MAX_ROWS + tile_rows
+        rows = max_rows + tile_rows  # the last tile may not be full
         self.queries = k.array(self.word, rows * self.D_words_row)  # (M, words of D)
         self.keys = k.array(self.word, self.D_words_row * self.block_keys)  # (words of D, keys)
         self.values = k.array(self.word, self.block_words * self.D_row)  # (words of keys, D)
@@ -395,8 +398,10 @@ class _Ahead:
 
 
 @cache
-def _compiled(target: Target, dtype: torch.dtype, head_dim: int, tile_rows: int, num_tiles: int) -> simd.CompiledKernel:
-    return _Emitter(target, dtype, head_dim, tile_rows, num_tiles).emit().compile()
+def _compiled(
+    target: Target, dtype: torch.dtype, head_dim: int, tile_rows: int, num_tiles: int, max_rows: int
+) -> simd.CompiledKernel:
+    return _Emitter(target, dtype, head_dim, tile_rows, num_tiles, max_rows).emit().compile()
 
 
 class SimdSegment:
@@ -420,7 +425,7 @@ class SimdSegment:
             lse = torch.empty(table.num_parts, T, Hq, dtype=torch.float32)
         q = q_THD if q_THD.stride()[1:] == (D, 1) else q_THD.contiguous()
         k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k_SHD, v_SHD))
-        _compiled(self.target, q.dtype, D, table.tile_rows, table.num_tiles).launch(
+        _compiled(self.target, q.dtype, D, table.tile_rows, table.num_tiles, table.max_rows).launch(
             *(len(table.tasks), table.tasks, q, k, v, out, lse, int(merges)),
             *(q.stride(0), k.stride(0), v.stride(0), k.stride(1), v.stride(1), Hq // Hkv, Hq),
             scale * math.log2(math.e),
@@ -449,6 +454,7 @@ class _Table:
     def __init__(self, segment: Segment, num_kv_heads: int, group: int, num_threads: int):
         q_lens = np.diff(segment.q_offsets)
         queries_per_task = max(1, _MAX_ROWS // group)
+        self.max_rows = max(_MAX_ROWS, group)  # a query's heads of one group stay together, however many
         tasks_of_row = -(-q_lens // queries_per_task)
         row = np.repeat(np.arange(segment.num_rows), tasks_of_row)
         within = np.arange(len(row)) - np.repeat(np.cumsum(tasks_of_row) - tasks_of_row, tasks_of_row)

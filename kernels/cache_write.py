@@ -14,9 +14,12 @@ from kernels.simd import Kernel, Target
 def write_cache_(
     k_SHD: torch.Tensor, v_SHD: torch.Tensor, slots_T: torch.Tensor, k_THD: torch.Tensor, v_THD: torch.Tensor
 ) -> None:
-    """Copies token ``t``'s key and value to slot ``slots[t]``, int64, each slot at most once."""
+    """Copies token ``t``'s key and value to slot ``slots[t]``, int64, each slot at most once.
+
+    Slots are not checked: they are the plan's own, and one beyond the arena would be written all the same.
+    """
     T, H, D = k_THD.shape
-    if not simd.runs(k_THD):
+    if not (simd.runs(k_THD, v_THD, k_SHD, v_SHD) and slots_T.is_contiguous()):
         k_SHD.index_copy_(0, slots_T, k_THD)
         v_SHD.index_copy_(0, slots_T, v_THD)
         return

@@ -16,14 +16,14 @@ from kernels.simd import Kernel, Target, Value
 
 def rms_norm(x_TI: torch.Tensor, weight_I: torch.Tensor, eps: float) -> torch.Tensor:
     """``x / sqrt(mean(x ** 2) + eps) * weight`` over the last dimension, whatever others there are."""
-    if x_TI.dim() != 2 or not simd.runs(x_TI):
+    if x_TI.dim() != 2 or not simd.runs(x_TI, weight_I):
         return F.rms_norm(x_TI, weight_I.shape, weight_I, eps)
     return _launch(x_TI, None, weight_I, eps)
 
 
 def add_rms_norm_(x_TI: torch.Tensor, y_TI: torch.Tensor, weight_I: torch.Tensor, eps: float) -> torch.Tensor:
     """Adds ``y`` to ``x``, in place and rounded to its dtype; returns the sum normalised."""
-    if not simd.runs(x_TI):
+    if not simd.runs(x_TI, y_TI, weight_I):
         x_TI += y_TI
         return F.rms_norm(x_TI, weight_I.shape, weight_I, eps)
     return _launch(x_TI, y_TI, weight_I, eps)

@@ -10,6 +10,7 @@ spin), which claim tasks one by one.
 import ctypes
 import math
 import struct
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 try:
+    import llvmlite
     import llvmlite.binding as llvm
     import llvmlite.ir as ir
 except ImportError:  # an optional wheel: the callers do without this module's kernels
@@ -46,6 +48,13 @@ class Target:
 def host() -> Target | None:
     """This machine, or None when kernels cannot be compiled for it or run on it."""
     if llvm is None or _fork_join() is None or not llvm.get_process_triple().startswith("x86_64"):
+        return None
+    if llvm.llvm_version_info < _MIN_LLVM:
+        warnings.warn(
+            f"llvmlite {llvmlite.__version__} is too old for the CPU kernels, which need 0.46 or newer; PyTorch's own "
+            "are used instead, which are slower",
+            stacklevel=2,
+        )
         return None
     features = llvm.get_host_cpu_features()
     if not all(features.get(name) for name in ("avx2", "fma", "f16c")):
@@ -94,6 +103,7 @@ if ir is not None:
     FLOATS = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
     _NUM_BYTES = {I16: 2, I32: 4, I64: 8, F16: 2, F32: 4, F64: 8, BF16: 2}
 
+_MIN_LLVM = (20, 0, 0)  # whose addresses have no types
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Before the caller's arguments go the counter that hands out tasks, their number, and how many it hands out at once.
@@ -567,9 +577,12 @@ def split_rows(num_rows: int) -> tuple[int, int]:
     return -(-num_rows // rows_per_task), rows_per_task
 
 
-def runs(x: torch.Tensor) -> bool:
-    """Whether kernels can run here on tensors like this one: floats on a CPU, the last dimension contiguous."""
-    return x.is_cpu and x.dtype in _DTYPES and x.stride(-1) == 1 and host() is not None
+def runs(x: torch.Tensor, *others: torch.Tensor) -> bool:
+    """Whether kernels can run here on ``x``, floats on a CPU whose last dimension is contiguous, and on ``others``,
+    which must be alike in that."""
+    if not (x.is_cpu and x.dtype in _DTYPES and x.stride(-1) == 1 and host() is not None):
+        return False
+    return all(y.dtype == x.dtype and y.stride(-1) == 1 and y.is_cpu for y in others)
 
 
 def _pack(argument: torch.Tensor | np.ndarray | float) -> int:

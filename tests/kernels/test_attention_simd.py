@@ -32,6 +32,7 @@ CASES = {
     "several tasks a row": ([100, 3], [100, 3], True, 4, 2, 32),
     "causal across blocks": ([70, 1, 139], [70, 90, 139], True, 2, 1, 16),
     "causal, blind queries in a tile": ([20, 5], [7, 5], True, 6, 2, 16),
+    "a group of more heads than a task has rows": ([2, 1], [70, 5], True, 130, 1, 16),
     "odd head dimension": ([3, 1], [66, 5], False, 4, 2, 33),
     "least head dimension": ([3, 1], [66, 5], False, 2, 2, 1),
     "one more than a vector": ([2, 2], [66, 5], True, 4, 2, 17),

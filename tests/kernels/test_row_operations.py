@@ -69,6 +69,20 @@ def test_swiglu(shape, dtype):
     torch.testing.assert_close(swiglu(gate_up).double(), expected, rtol=tolerance, atol=tolerance)
 
 
+def test_inputs_that_are_not_alike():
+    """Slots and weights with strides, and a weight of another dtype, are read as they are meant."""
+    k, v = randn(2, 3, 2, 16, dtype=torch.float32).unbind()
+    arenas = [torch.zeros(8, 2, 16) for _ in range(2)]
+    write_cache_(*arenas, torch.arange(6)[::2], k, v)
+    assert torch.equal(arenas[0][[0, 2, 4]], k) and torch.equal(arenas[1][[0, 2, 4]], v)
+    with pytest.raises(RuntimeError):
+        write_cache_(*arenas, torch.arange(3), k.bfloat16(), v.bfloat16())
+    x, weight = randn(3, 16, dtype=torch.float32), randn(32, dtype=torch.float32, seed=1)[::2]
+    assert_close(rms_norm(x, weight, 1e-5), normalised(x.double(), weight.double(), 1e-5), torch.float32)
+    added = normalised((x + x).double(), weight.double(), 1e-5)
+    assert_close(add_rms_norm_(x.clone(), x, weight, 1e-5), added, torch.float32)
+
+
 def test_swiglu_of_large_gates():
     gates = torch.tensor([[-1e30, -300.0, -88.0, 0.0, 88.0, 1e30, float("inf"), float("nan")]])
     result = swiglu(torch.cat([gates, torch.ones_like(gates)], dim=1))[0]
