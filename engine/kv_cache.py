@@ -1,6 +1,6 @@
 """The KV arena: keys and values of all sequences, in slots of one token each.
 
-Shapes: S slots, Hkv local KV heads, D head dimension, T tokens.
+Shapes: S slots, Hkv local KV heads, D head dimension.
 """
 
 import bisect
@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import torch
 
 from engine.config import ModelConfig
-from kernels.cache_write import write_cache_
 
 
 class SlotAllocator:
@@ -111,10 +110,6 @@ class KVCache:
         """Keys and values, each ``(S, Hkv, D)``."""
         keys, values = self._layers[index]
         return keys, values
-
-    def write(self, index: int, slots_T: torch.Tensor, k_THD: torch.Tensor, v_THD: torch.Tensor) -> None:
-        keys, values = self._layers[index]
-        write_cache_(keys, values, slots_T, k_THD, v_THD)
 
     def copy(self, source: int, length: int, targets: list[int]) -> None:
         """Copies ``length`` slots from ``source`` on to each of ``targets``, in every layer."""

@@ -27,7 +27,7 @@ from engine.layers import (
 from engine.rope import cos_sin_table
 from engine.sharding import Rule, check_world_size, local_kv_heads, split, split_kv_heads
 from kernels import AttentionPlan
-from kernels.rotary import apply_rotary_
+from kernels.rotary import apply_rotary_, rotate_into_cache_
 from kernels.swiglu import swiglu
 
 # Tokens that go through projections and MLP at once: enough to fill the device, few enough to bound the memory.
@@ -69,15 +69,14 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(f"{prefix}.q_norm", D, config.rms_norm_eps)
             self.k_norm = RMSNorm(f"{prefix}.k_norm", D, config.rms_norm_eps)
 
-    def project(self, x_CI, cos_C1D, sin_C1D) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rotated queries (C, Hq, D) and keys (C, Hkv, D), and values (C, Hkv, D)."""
+    def project(self, x_CI: torch.Tensor) -> torch.Tensor:
+        """``(C, Hq + 2 Hkv, D)``: queries, keys and values, before they are rotated."""
         Hq, Hkv = self.num_heads, self.num_kv_heads
         qkv_CHD = self.qkv_proj(x_CI).unflatten(-1, (Hq + 2 * Hkv, self.head_dim))
         if self.q_norm is not None:
             qkv_CHD[:, :Hq] = self.q_norm(qkv_CHD[:, :Hq])
             qkv_CHD[:, Hq : Hq + Hkv] = self.k_norm(qkv_CHD[:, Hq : Hq + Hkv])
-        apply_rotary_(qkv_CHD[:, : Hq + Hkv], cos_C1D, sin_C1D)
-        return qkv_CHD.split((Hq, Hkv, Hkv), dim=1)
+        return qkv_CHD
 
 
 class MLP(nn.Module):
@@ -119,15 +118,18 @@ class Layer(nn.Module):
         attention = self.attention
         chunks = [slice(first, min(first + chunk, T)) for first in range(0, T, chunk)]
         q_THD = x_TI.new_empty(T, attention.num_heads, attention.head_dim) if len(chunks) > 1 else None
-        for part in chunks:
-            q, k, v = attention.project(self.input_norm(x_TI[part]), cos_T1D[part], sin_T1D[part])
-            if cache is not None:
-                cache.write(self.index, step.slots_T[part], k, v)
-            if q_THD is None:
-                q_THD = q
-            else:
-                q_THD[part] = q
         k_SHD, v_SHD = (None, None) if cache is None else cache.layer(self.index)
+        for part in chunks:
+            qkv_CHD = attention.project(self.input_norm(x_TI[part]))
+            if cache is None:
+                apply_rotary_(qkv_CHD[:, : -attention.num_kv_heads], cos_T1D[part], sin_T1D[part])
+            else:
+                rotate_into_cache_(qkv_CHD, cos_T1D[part], sin_T1D[part], k_SHD, v_SHD, step.slots_T[part])
+            q_CHD = qkv_CHD[:, : attention.num_heads]
+            if q_THD is None:
+                q_THD = q_CHD
+            else:
+                q_THD[part] = q_CHD
         out_TI = plan.run(q_THD, k_SHD, v_SHD, attention.scale).reshape(T, -1)
         for part in chunks:
             x_CI = x_TI[part]

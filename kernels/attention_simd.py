@@ -24,6 +24,8 @@ _MEMORY_BOUND_ROWS = 24
 _MIN_PART_KEYS = 512
 _TASKS_PER_THREAD = 4
 
+_LOG2_E = math.log2(math.e)
+
 
 class SimdSegment:
     """A segment as tables of tasks, made when the first layer tells the head counts."""
@@ -34,28 +36,33 @@ class SimdSegment:
         self._tables: dict[tuple[int, int, int], _Table] = {}
 
     def run(self, q_THD, k_SHD, v_SHD, scale, state=None):
+        # Once a layer and segment, some 40 times a step of a small model: calls into PyTorch are kept few.
         T, Hq, D = q_THD.shape
         Hkv = k_SHD.shape[1]
+        if q_THD.stride()[1:] != (D, 1):
+            q_THD = q_THD.contiguous()
+        k_SHD, v_SHD = (x if x.stride(2) == 1 else x.contiguous() for x in (k_SHD, v_SHD))
         table = self._table(Hkv, Hq // Hkv)
         # Parts of a segment, which run at the same time, cannot be merged as they are written.
         merges = state is not None and table.num_parts == 1 and _is_plain(state[0]) and _is_plain(state[1])
         if merges:
-            out, lse = (x.unsqueeze(0) for x in state)
+            out, lse = state
         else:
-            out = torch.empty(table.num_parts, T, Hq, D, dtype=torch.float32)
-            lse = torch.empty(table.num_parts, T, Hq, dtype=torch.float32)
-        q = q_THD if q_THD.stride()[1:] == (D, 1) else q_THD.contiguous()
-        k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k_SHD, v_SHD))
-        compiled(self.target, q.dtype, D, table.tile_rows, table.num_tiles, table.max_rows).launch(
-            *(len(table.tasks), table.tasks, q, k, v, out, lse, int(merges)),
-            *(q.stride(0), k.stride(0), v.stride(0), k.stride(1), v.stride(1), Hq // Hkv, Hq),
-            scale * math.log2(math.e),
+            parts = () if table.num_parts == 1 else (table.num_parts,)
+            out = torch.empty(*parts, T, Hq, D, dtype=torch.float32)
+            lse = torch.empty(*parts, T, Hq, dtype=torch.float32)
+        (k_stride, k_head_stride, _), (v_stride, v_head_stride, _) = k_SHD.stride(), v_SHD.stride()
+        compiled(self.target, q_THD.dtype, D, table.tile_rows, table.num_tiles, table.max_rows).launch(
+            *(table.num_tasks, table.tasks_address, q_THD, k_SHD, v_SHD, out, lse, int(merges)),
+            *(q_THD.stride(0), k_stride, v_stride, k_head_stride, v_head_stride, Hq // Hkv, Hq),
+            scale * _LOG2_E,
         )
-        if merges:
-            return state
-        state = (out[0], lse[0]) if state is None else merge_states(*state, out[0], lse[0])
-        for part in range(1, table.num_parts):
-            state = merge_states(*state, out[part], lse[part])
+        if table.num_parts == 1:
+            return (out, lse) if merges or state is None else merge_states(*state, out, lse)
+        states = zip(out, lse, strict=True)
+        state = next(states) if state is None else state
+        for part in states:
+            state = merge_states(*state, *part)
         return state
 
     def _table(self, num_kv_heads: int, group: int) -> "_Table":
@@ -76,35 +83,41 @@ class _Table:
         q_lens = np.diff(segment.q_offsets)
         queries_per_task = max(1, _MAX_ROWS // group)
         self.max_rows = max(_MAX_ROWS, group)  # a query's heads of one group stay together, however many
-        tasks_of_row = -(-q_lens // queries_per_task)
-        row = np.repeat(np.arange(segment.num_rows), tasks_of_row)
-        within = np.arange(len(row)) - np.repeat(np.cumsum(tasks_of_row) - tasks_of_row, tasks_of_row)
-        first = within * queries_per_task
-        num_queries = np.minimum(queries_per_task, q_lens[row] - first)
-        num_keys = segment.k_lens[row]
+        row, first = _cut(q_lens, queries_per_task)
+        q_len, num_keys = q_lens[row], segment.k_lens[row]
+        num_queries = np.minimum(queries_per_task, q_len - first)
+        query = segment.q_offsets[row] + first
         # Bottom-right: the row's last query sees all of its keys.
-        visible = num_keys - (q_lens[row] - 1 - first) if segment.causal else num_keys
+        visible = num_keys - (q_len - 1 - first) if segment.causal else num_keys
 
         self.num_parts = _num_parts(len(row) * num_kv_heads, int(num_keys.max(initial=0)), num_threads)
-        shape = (self.num_parts, num_kv_heads, len(row))
-        part, head, task = (index.ravel() for index in np.indices(shape))
-        part_lens = -(-num_keys // self.num_parts)
-        skipped = np.minimum(part * part_lens[task], num_keys[task])
-        tasks = np.empty((len(task), Task.COUNT), dtype=np.int64)
-        tasks[:, Task.QUERY] = segment.q_offsets[row[task]] + first[task]
-        tasks[:, Task.NUM_QUERIES] = num_queries[task]
-        tasks[:, Task.HEAD] = head
-        tasks[:, Task.KEY] = segment.k_starts[row[task]] + skipped
-        tasks[:, Task.NUM_KEYS] = np.minimum(part_lens[task], num_keys[task] - skipped)
-        tasks[:, Task.VISIBLE] = visible[task] - skipped
-        tasks[:, Task.VISIBLE_STEP] = int(segment.causal)
-        tasks[:, Task.OUT_ROW] = part * segment.num_queries + tasks[:, Task.QUERY]
-        work = tasks[:, Task.NUM_KEYS] * (tasks[:, Task.NUM_QUERIES] * group + _MEMORY_BOUND_ROWS)
-        self.tasks = np.ascontiguousarray(tasks[np.argsort(-work, kind="stable")])
+        part = np.arange(self.num_parts)[:, None, None]
+        part_len = -(-num_keys // self.num_parts)
+        skipped = np.minimum(part * part_len, num_keys)
+        tasks = np.empty((self.num_parts, num_kv_heads, len(row), Task.COUNT), dtype=np.int64)
+        tasks[..., Task.QUERY] = query
+        tasks[..., Task.NUM_QUERIES] = num_queries
+        tasks[..., Task.HEAD] = np.arange(num_kv_heads)[:, None]
+        tasks[..., Task.KEY] = segment.k_starts[row] + skipped
+        tasks[..., Task.NUM_KEYS] = part_keys = np.minimum(part_len, num_keys - skipped)
+        tasks[..., Task.VISIBLE] = visible - skipped
+        tasks[..., Task.VISIBLE_STEP] = int(segment.causal)
+        tasks[..., Task.OUT_ROW] = part * segment.num_queries + query
+        work = np.broadcast_to(part_keys * (num_queries * group + _MEMORY_BOUND_ROWS), tasks.shape[:-1])
+        self.tasks = tasks.reshape(-1, Task.COUNT)[np.argsort(-work.ravel(), kind="stable")]
+        self.num_tasks, self.tasks_address = len(self.tasks), self.tasks.ctypes.data
 
         num_rows = int(num_queries.max(initial=1)) * group
         self.tile_rows = _tile_rows(num_rows)
         self.num_tiles = -(-num_rows // self.tile_rows) if num_rows <= _MEMORY_BOUND_ROWS else 0
+
+
+def _cut(q_lens: np.ndarray, queries_per_task: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows cut into tasks of so many queries at most: each task's row, and its first query within it."""
+    tasks_of_row = -(-q_lens // queries_per_task)
+    row = np.repeat(np.arange(len(q_lens)), tasks_of_row)
+    before = np.cumsum(tasks_of_row) - tasks_of_row
+    return row, (np.arange(len(row)) - before[row]) * queries_per_task
 
 
 def _tile_rows(num_rows: int) -> int:

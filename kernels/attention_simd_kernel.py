@@ -26,7 +26,8 @@ _BLOCK_KEYS = 64
 _MEMORY_BOUND_BLOCK_KEYS = 16
 _BLOCKS_AHEAD = 2
 # Words that a tile's loops take at a time: fewer branches and address computations.
-_UNROLL = 2
+_UNROLL = 4
+_SUMS_AT_ONCE = 12
 
 
 class Argument(IntEnum):
@@ -194,23 +195,26 @@ class _Emitter:
         for first in range(0, num_vectors, self.columns):
             num_columns = min(self.columns, num_vectors - first)
             zero = k.constant(0, simd.F32, self.W)
-            sums = [[k.variable(zero) for _ in range(num_columns)] for _ in range(self.R)]
+            # Sums that are added to in turn, so that few of them do not wait for each other's results.
+            turns = min(_UNROLL, max(1, _SUMS_AT_ONCE // (self.R * num_columns)))
+            sums = [[[k.variable(zero) for _ in range(num_columns)] for _ in range(self.R)] for _ in range(turns)]
             queries = [self.queries + (first_row + r) * self.D_words_row for r in range(self.R)]
             keys = self.keys + first * self.W
             ahead = k_rows.ahead(first_key, first_row, self.D_words) if first == 0 else None
 
-            def multiply(word, sums=sums, queries=queries, keys=keys, ahead=ahead):
+            def multiply(word, turn, sums=sums, queries=queries, keys=keys, ahead=ahead):
                 if ahead:
                     ahead.prefetch(word)
-                columns = [keys.load(word * self.block_keys + c * self.W, self.W) for c in range(len(sums[0]))]
+                own = sums[turn % len(sums)]
+                columns = [keys.load(word * self.block_keys + c * self.W, self.W) for c in range(len(own[0]))]
                 for r in range(self.R):
                     query = queries[r][word].spread()
-                    for total, column in zip(sums[r], columns, strict=True):
+                    for total, column in zip(own[r], columns, strict=True):
                         total.value = self._multiply_add(query, column, total.value)
 
             k.unrolled(self.D_words, _UNROLL, multiply)
             for r in range(self.R):
-                scores[r] += [s.value for s in sums[r]]
+                scores[r] += [sum((other[r][c].value for other in sums[1:]), s.value) for c, s in enumerate(sums[0][r])]
         return scores
 
     def _softmax(self, scores: list[list[Value]], first_key: Value, first_row: Value) -> list[Value]:

@@ -469,14 +469,15 @@ class Kernel:
         builder.branch(head)
         builder.position_at_end(done)
 
-    def unrolled(self, count: int, times: int, body: Callable[[Value], None]) -> None:
-        """Calls ``body(index)`` for every index below ``count``, ``times`` of them in each turn of a loop."""
+    def unrolled(self, count: int, times: int, body: Callable[[Value, int], None]) -> None:
+        """Calls ``body(index, i)`` for every index below ``count``, for ``times`` of them in each turn of a loop, which
+        ``i`` numbers."""
         whole = count // times * times
         with self.range(0, whole, times) as index:
             for i in range(times):
-                body(index + i)
+                body(index + i, i)
         for i in range(whole, count):
-            body(self.constant(i, I64))
+            body(self.constant(i, I64), i - whole)
 
     def each_vector(self, length: int, body: Callable[[Number, int], None]) -> None:
         """Calls ``body(index, count)`` for all of ``length`` elements, a vector at a time: in a loop of the compiled

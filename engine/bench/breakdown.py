@@ -20,12 +20,13 @@ from rich.progress import Progress, TaskID
 
 from engine.arena import fits_beside
 from engine.attention import METHODS
+from engine.bench.attention_spans import AttentionSpans
 from engine.bench.engine_mode import EngineMode
 from engine.bench.environment import describe_environment
 from engine.bench.memory_model import footprint
 from engine.bench.modes import HF_MODES, Mode, ModelOptions, make_mode, make_prompt
 from engine.bench.results import Cell
-from engine.bench.roofline import measure_ceilings
+from engine.bench.roofline import read_gbs
 from engine.bench.timing import HIGH_SPREAD, Timer, best_of, summarize
 from engine.config import ModelConfig
 from engine.distributed import TPGroup
@@ -38,12 +39,12 @@ from kernels import Backend, Segment
 from kernels.attention import PlannedSegment
 from kernels.linear import linear
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FILE_NAME = "breakdown.yaml"
 
 REPEATS = 20
 _WARM_UP_TOKENS = 4  # of each mode in each round
-_READ_SECONDS = 0.3  # a round's measurement of the machine's ceilings
+_READ_SECONDS = 0.1  # each measurement of the rate at which the machine reads
 
 
 @dataclass(frozen=True)
@@ -95,15 +96,20 @@ class Point:
     matmul_alone_ms: list[float] = field(default_factory=list)
     prefix_alone_ms: list[float] = field(default_factory=list)
     prefix_aten_ms: list[float] = field(default_factory=list)  # on CPU: the same by PyTorch's own kernel
-    read_gbs: list[float] = field(default_factory=list)  # 10^9 bytes/s: what this machine reads at most
+    read_gbs: list[float] = field(default_factory=list)  # 10^9 bytes/s: what this machine reads when the baseline does
     decode_ms: dict[str, list[float]] = field(default_factory=dict)  # by mode: generating num_unique tokens
     first_token_ms: dict[str, list[float]] = field(default_factory=dict)  # generating one: what decode_ms has besides
+    span_ms: dict[str, list[float]] = field(default_factory=dict)  # by mode of ours: AttentionSpans of those steps
     failures: dict[str, str] = field(default_factory=dict)  # by mode: why it was not timed, or not to the end
 
     def step_ms(self, mode: str) -> list[float]:
         """One decode step of ``mode``, one time a round. A time that is lost in noise can be negative."""
         pairs = zip(self.decode_ms.get(mode, ()), self.first_token_ms.get(mode, ()), strict=True)
         return [(every - first) / (self.num_unique - 1) for every, first in pairs]
+
+    def _attention_ms(self, mode: str) -> list[float]:
+        """What attention takes in a step of ``mode``: the part of its span that noattention does not have."""
+        return _less(self.span_ms.get(mode, ()), self.span_ms.get("noattention", ()))
 
     def least(self) -> "Point":
         """This point with the least time, and the highest rate, of all rounds in place of each: what everything takes
@@ -117,9 +123,10 @@ class Point:
             matmul_alone_ms=[min(self.matmul_alone_ms)],
             prefix_alone_ms=[min(self.prefix_alone_ms)],
             prefix_aten_ms=[min(self.prefix_aten_ms)] if self.prefix_aten_ms else [],
-            read_gbs=[max(self.read_gbs)],
+            read_gbs=[max(self.read_gbs)] if self.read_gbs else [],
             decode_ms=least_of(self.decode_ms),
             first_token_ms=least_of(self.first_token_ms),
+            span_ms=least_of(self.span_ms),
         )
 
     def figures(self) -> dict[str, Series]:
@@ -127,25 +134,31 @@ class Point:
 
         - ``MODE_ms``: a step.
         - ``noattention_per_matmul``: a step without attention over its matrix products alone.
-        - ``added_ms``: what attention adds to a step of hydragen; ``added_per_prefix``: that over the prefix attention
-          alone.
+        - ``added_ms``: what attention takes in a step of hydragen; ``added_per_prefix``: that over the prefix attention
+          alone. ``step_added_ms``, ``step_added_per_prefix``: the same by how much longer the whole step takes.
         - ``prefix_aten_per_alone``: PyTorch's own kernel for CPU over that, in time.
         - ``noshared_gbs``: the rate at which the baseline's attention reads keys and values, 10^9 bytes/s;
-          ``noshared_per_read``: that over the rate at which the machine reads.
+          ``noshared_per_read``: that over the rate at which the machine reads. ``step_noshared_per_read``: the same by
+          how much longer the whole step takes.
         - ``hf_per_hydragen``, ``hf_static_per_hydragen``: how many times faster hydragen is than transformers.
         """
-        noattention, hydragen = self.step_ms("noattention"), self.step_ms("hydragen")
-        added_ms = _less(hydragen, noattention)
-        read_ms = _less(self.step_ms("hydragen_noshared"), noattention)
-        noshared_gbs = _over([self.kv_bytes / 1e6] * len(read_ms), read_ms)
+        noattention, hydragen, noshared = map(self.step_ms, ("noattention", "hydragen", "hydragen_noshared"))
+        added_ms, step_added_ms = self._attention_ms("hydragen"), _less(hydragen, noattention)
+        noshared_gbs, step_noshared_gbs = (
+            _over([self.kv_bytes / 1e6] * len(times), times)
+            for times in (self._attention_ms("hydragen_noshared"), _less(noshared, noattention))
+        )
         found = {
             **{f"{mode}_ms": self.step_ms(mode) for mode in self.decode_ms},
             "noattention_per_matmul": _over(noattention, self.matmul_alone_ms),
             "added_ms": added_ms,
             "added_per_prefix": _over(added_ms, self.prefix_alone_ms),
+            "step_added_ms": step_added_ms,
+            "step_added_per_prefix": _over(step_added_ms, self.prefix_alone_ms),
             "prefix_aten_per_alone": _over(self.prefix_aten_ms, self.prefix_alone_ms),
             "noshared_gbs": noshared_gbs,
             "noshared_per_read": _over(noshared_gbs, self.read_gbs),
+            "step_noshared_per_read": _over(step_noshared_gbs, self.read_gbs),
             **{f"{mode}_per_hydragen": _over(self.step_ms(mode), hydragen) for mode in HF_MODES},
         }
         return {name: Series(values) for name, values in found.items() if values}
@@ -304,7 +317,16 @@ class _Runner:
         assert threads == self.environment["num_threads"], f"{threads} threads, not the same for all modes"
         if name != "hf":  # the mode before has left other data in the caches
             self._modes[name].generate(min(_WARM_UP_TOKENS, point.num_unique))
-        every, first = (self._time(name, num_tokens) for num_tokens in (point.num_unique, 1))
+        reads = name == "hydragen_noshared"  # and this machine's rate can be another a second later
+        rates = [read_gbs(self._group.device, _READ_SECONDS)] if reads else []
+        with AttentionSpans(self._model, self._group.device) as spans:
+            every = self._time(name, point.num_unique)
+        if reads:
+            rates.append(read_gbs(self._group.device, _READ_SECONDS))
+            point.read_gbs.append(statistics.mean(rates))
+        first = self._time(name, 1)
+        if name in METHODS:
+            point.span_ms.setdefault(name, []).append(spans.median_ms())
         point.decode_ms.setdefault(name, []).append(every)
         point.first_token_ms.setdefault(name, []).append(first)
 
@@ -320,8 +342,6 @@ class _Runner:
         if device.type == "cpu":
             aten_ms = prefix_alone_ms(self._model, batch_size, point.num_shared, device, Backend.ATEN_CPU)
             point.prefix_aten_ms.append(aten_ms)
-        ceilings = measure_ceilings(device, self._config.dtype, rows=batch_size, seconds=_READ_SECONDS)
-        point.read_gbs.append(ceilings.read_gbs)
 
 
 def matmul_alone_ms(model: Transformer, batch_size: int, device: torch.device) -> float:
@@ -383,6 +403,8 @@ def _describe(point: Point, modes: Sequence[str]) -> dict[str, object]:
             "decode_ms": _rounded(point.decode_ms.get(mode, ())),
             "first_token_ms": _rounded(point.first_token_ms.get(mode, ())),
         }
+        if mode in point.span_ms:
+            described_modes[mode]["span_ms"] = _rounded(point.span_ms[mode])
         if mode in point.failures:
             described_modes[mode]["message"] = point.failures[mode]
     least = point.least().figures()

@@ -133,15 +133,15 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, rows: int = 64, s
     """
     budget_s = seconds / 3
     return Ceilings(
-        read_gbs=_read_gbs(device, budget_s),
+        read_gbs=read_gbs(device, budget_s),
         matmul_tflops=_matmul_tflops(None, device, dtype, budget_s),
         rows_tflops=_matmul_tflops(rows, device, dtype, budget_s),
         rows=rows,
     )
 
 
-def _read_gbs(device: torch.device, budget_s: float) -> float:
-    """The rate of a reduction over a buffer several times the size of any cache."""
+def read_gbs(device: torch.device, budget_s: float) -> float:
+    """10^9 bytes/s: the best rate of a reduction over a buffer several times the size of any cache."""
     num_bytes = 1 << (30 if device.type == "cuda" else 28)
     # A dot product writes nothing, and of the reductions tried on CPU it came nearest to the memory's rate.
     left, right = torch.ones(2, num_bytes // 8, dtype=torch.float32, device=device)

@@ -1,25 +1,74 @@
+"""The rotation, as of complex numbers in float64; compiled for this machine, for the least target, and PyTorch's."""
+
 import pytest
 import torch
 
-from kernels.rotary import apply_rotary_
+from kernels.rotary import apply_rotary_, rotate_into_cache_
 
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+HEAD_DIMS = pytest.mark.parametrize("head_dim", [2, 16, 18, 80])
+pytestmark = pytest.mark.usefixtures("target")
 
 
-@pytest.mark.usefixtures("target")
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("head_dim", [2, 16, 18, 80])
-def test_rotates_pairs_in_place(dtype, head_dim):
-    """A pair (d, d + D/2) turns by its angle: checked as complex numbers in float64, on a strided view."""
+def make(num_tokens, num_heads, head_dim, dtype):
+    """Heads, and cosines and sines of random angles as the operations take them."""
     generator = torch.Generator().manual_seed(0)
-    whole = torch.randn(5, 7, head_dim, generator=generator).to(dtype)
-    x, before = whole[:, :4], whole.clone()
-    angles = torch.randn(5, 1, head_dim // 2, generator=generator)
+    x = torch.randn(num_tokens, num_heads, head_dim, generator=generator).to(dtype)
+    angles = torch.randn(num_tokens, 1, head_dim // 2, generator=generator)
     cos, sin = angles.cos(), angles.sin()
-    apply_rotary_(x, torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
-    half = head_dim // 2
-    pairs = torch.complex(before[:, :4, :half].double(), before[:, :4, half:].double())
-    turned = pairs * torch.polar(torch.ones_like(angles, dtype=torch.float64), angles.double())
-    expected = torch.cat((turned.real, turned.imag), -1)
-    torch.testing.assert_close(x.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * 2)
-    torch.testing.assert_close(whole[:, 4:], before[:, 4:], rtol=0, atol=0)
+    return x, torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+def rotated(x, cos, sin):
+    """A pair (d, d + D/2) is a complex number that turns by its angle."""
+    half = x.shape[-1] // 2
+    pairs = torch.complex(x[..., :half].double(), x[..., half:].double())
+    turned = pairs * torch.complex(cos[..., :half].double(), sin[..., half:].double())
+    return torch.cat((turned.real, turned.imag), -1)
+
+
+def assert_close(actual, expected, dtype):
+    torch.testing.assert_close(actual.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * 2)
+
+
+@DTYPES
+@HEAD_DIMS
+def test_rotates_in_place(dtype, head_dim):
+    """A view of some heads; the others stay."""
+    whole, cos, sin = make(5, 7, head_dim, dtype)
+    before = whole.clone()
+    apply_rotary_(whole[:, :4], cos, sin)
+    assert_close(whole[:, :4], rotated(before[:, :4], cos, sin), dtype)
+    assert torch.equal(whole[:, 4:], before[:, 4:])
+
+
+@DTYPES
+@HEAD_DIMS
+@pytest.mark.parametrize("num_tokens", [0, 1, 9])
+def test_into_the_cache(num_tokens, head_dim, dtype):
+    """Arenas laid out head by head; no other slot changes."""
+    qkv, cos, sin = make(num_tokens, 5 + 2 * 3, head_dim, dtype)
+    q, k, v = qkv.clone().split((5, 3, 3), dim=1)
+    arenas = [torch.full((3, 30, head_dim), 7.0, dtype=dtype).transpose(0, 1) for _ in range(2)]
+    slots = torch.randperm(30, generator=torch.Generator().manual_seed(0))[:num_tokens]
+    rotate_into_cache_(qkv, cos, sin, *arenas, slots)
+    keys, values = arenas
+    assert_close(qkv[:, :5], rotated(q, cos, sin), dtype)
+    assert_close(keys[slots], rotated(k, cos, sin), dtype)
+    assert torch.equal(values[slots], v)
+    others = torch.ones(30, dtype=torch.bool)
+    others[slots] = False
+    assert (keys[others] == 7).all() and (values[others] == 7).all()
+
+
+def test_inputs_that_are_not_alike():
+    """Slots with strides are read as they are meant; arenas of another dtype are refused."""
+    qkv, cos, sin = make(3, 4, 16, torch.float32)
+    arenas = [torch.zeros(8, 1, 16) for _ in range(2)]
+    _, k, v = qkv.clone().split((2, 1, 1), dim=1)
+    rotate_into_cache_(qkv, cos, sin, *arenas, torch.arange(6)[::2])
+    assert_close(arenas[0][[0, 2, 4]], rotated(k, cos, sin), torch.float32)
+    assert torch.equal(arenas[1][[0, 2, 4]], v)
+    with pytest.raises(RuntimeError):
+        rotate_into_cache_(qkv, cos, sin, *(arena.bfloat16() for arena in arenas), torch.arange(3))

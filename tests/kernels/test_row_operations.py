@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from kernels import simd
-from kernels.cache_write import write_cache_
 from kernels.norm import add_rms_norm_, rms_norm
 from kernels.swiglu import swiglu
 
@@ -70,13 +69,7 @@ def test_swiglu(shape, dtype):
 
 
 def test_inputs_that_are_not_alike():
-    """Slots and weights with strides, and a weight of another dtype, are read as they are meant."""
-    k, v = randn(2, 3, 2, 16, dtype=torch.float32).unbind()
-    arenas = [torch.zeros(8, 2, 16) for _ in range(2)]
-    write_cache_(*arenas, torch.arange(6)[::2], k, v)
-    assert torch.equal(arenas[0][[0, 2, 4]], k) and torch.equal(arenas[1][[0, 2, 4]], v)
-    with pytest.raises(RuntimeError):
-        write_cache_(*arenas, torch.arange(3), k.bfloat16(), v.bfloat16())
+    """Weights with strides are read as they are meant."""
     x, weight = randn(3, 16, dtype=torch.float32), randn(32, dtype=torch.float32, seed=1)[::2]
     assert_close(rms_norm(x, weight, 1e-5), normalised(x.double(), weight.double(), 1e-5), torch.float32)
     added = normalised((x + x).double(), weight.double(), 1e-5)
@@ -88,20 +81,3 @@ def test_swiglu_of_large_gates():
     result = swiglu(torch.cat([gates, torch.ones_like(gates)], dim=1))[0]
     torch.testing.assert_close(result[:7], torch.tensor([0.0, 0.0, 0.0, 0.0, 88.0, 1e30, float("inf")]))
     assert result[7].isnan()
-
-
-@DTYPES
-@pytest.mark.parametrize("num_tokens", [0, 1, 9])
-@pytest.mark.parametrize("head_dim", [2, 16, 33])
-def test_write_cache(num_tokens, head_dim, dtype):
-    """Views of a fused projection into arenas laid out head by head; no other slot changes."""
-    fused = randn(num_tokens, 8, head_dim, dtype=dtype)
-    k, v = fused[:, 2:5], fused[:, 5:]
-    slots = torch.randperm(30, generator=torch.Generator().manual_seed(0))[:num_tokens]
-    arenas = [randn(3, 30, head_dim, dtype=dtype, seed=i).transpose(0, 1) for i in (1, 2)]
-    expected = [arena.clone() for arena in arenas]
-    for arena, rows in zip(expected, (k, v), strict=True):
-        arena[slots] = rows
-    write_cache_(*arenas, slots, k, v)
-    for arena, wanted in zip(arenas, expected, strict=True):
-        assert torch.equal(arena, wanted)

@@ -1,4 +1,5 @@
 import io
+import itertools
 import re
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,6 +33,7 @@ COMPARISON = Comparison(
     num_iters=3, hf_iters=2,
 )  # fmt: skip
 QUIET = Console(quiet=True)
+SPANS = {"noattention": 2.0, "hydragen": 26.0, "hydragen_noshared": 82.0}  # ms, of these steps
 STEPS = {"noattention": 15.0, "hydragen": 40.0, "hydragen_noshared": 115.0, "hf": 800.0}  # ms
 DRIFT = (1.0, 2.0, 3.0)  # of a machine that slows down: a factor on everything that a round times
 
@@ -49,6 +51,7 @@ def measured(steps=STEPS, drift=DRIFT, **changes):
         read_gbs=[40.0 / slower for slower in drift],
         decode_ms={mode: [slower * (15 * ms + 7) for slower in rounds[mode]] for mode, ms in steps.items()},
         first_token_ms={mode: [slower * 7 for slower in rounds[mode]] for mode in steps},
+        span_ms={mode: [slower * ms for slower in drift] for mode, ms in SPANS.items() if mode in steps},
     )
     return replace(point, **changes)
 
@@ -76,11 +79,14 @@ def test_what_times_are_held_against():
     assert {name: series.values for name, series in figures.items()} == {
         **{f"{mode}_ms": [pytest.approx(ms)] for mode, ms in STEPS.items()},
         "noattention_per_matmul": [pytest.approx(1.5)],  # 15 / 10
-        "added_ms": [pytest.approx(25)],  # 40 - 15
-        "added_per_prefix": [pytest.approx(1.25)],  # 25 / 20
+        "added_ms": [pytest.approx(24)],  # 26 - 2
+        "added_per_prefix": [pytest.approx(1.2)],  # 24 / 20
+        "step_added_ms": [pytest.approx(25)],  # 40 - 15
+        "step_added_per_prefix": [pytest.approx(1.25)],  # 25 / 20
         "prefix_aten_per_alone": [pytest.approx(4.5)],  # 90 / 20
-        "noshared_gbs": [pytest.approx(20)],  # 2 GB in 115 - 15 ms
-        "noshared_per_read": [pytest.approx(0.5)],  # of 40
+        "noshared_gbs": [pytest.approx(25)],  # 2 GB in 82 - 2 ms
+        "noshared_per_read": [pytest.approx(0.625)],  # of 40
+        "step_noshared_per_read": [pytest.approx(0.5)],  # 2 GB in 115 - 15 ms: 20 of 40
         "hf_per_hydragen": [pytest.approx(20)],  # 800 / 40
     }
 
@@ -91,7 +97,8 @@ def test_a_ratio_is_that_of_times_of_the_same_round():
     assert (figures["hydragen_ms"].median, figures["hf_ms"].median) == pytest.approx((80, 1200))
     assert figures["hydragen_ms"].high_spread
     for name, expected in {
-        "noattention_per_matmul": 1.5, "added_per_prefix": 1.25, "noshared_per_read": 0.5, "hf_per_hydragen": 20.0,
+        "noattention_per_matmul": 1.5, "added_per_prefix": 1.2, "step_added_per_prefix": 1.25,
+        "noshared_per_read": 0.625, "step_noshared_per_read": 0.5, "hf_per_hydragen": 20.0,
     }.items():  # fmt: skip
         assert figures[name].median == pytest.approx(expected)
         assert figures[name].spread == pytest.approx(0, abs=1e-9) and not figures[name].high_spread
@@ -118,7 +125,8 @@ def test_the_least_times_of_all_rounds():
     assert {name: series.values for name, series in figures.items()} == {
         name: pytest.approx(series.values) for name, series in measured(drift=(1.0,)).figures().items()
     }
-    assert measured(prefix_aten_ms=[]).least().prefix_aten_ms == []
+    lacking = measured(prefix_aten_ms=[], read_gbs=[]).least()
+    assert lacking.prefix_aten_ms == lacking.read_gbs == []
 
 
 def test_a_mode_that_was_not_run_has_no_figures():
@@ -138,7 +146,10 @@ def test_what_is_lost_in_noise_is_no_divisor():
     assert "hf_per_hydragen" not in figures
     assert row(printed(point), "hydragen")[1:4] == ["lost", "in", "noise"]
     faster_than_none = measured(STEPS | {"hydragen_noshared": 14.0}).figures()
-    assert not {"noshared_gbs", "noshared_per_read"} & set(faster_than_none)
+    assert "step_noshared_per_read" not in faster_than_none and "noshared_per_read" in faster_than_none
+    spans = measured().span_ms
+    without_attention = measured(span_ms=spans | {"hydragen_noshared": spans["noattention"]}).figures()
+    assert not {"noshared_gbs", "noshared_per_read"} & set(without_attention)
 
 
 # ---- the table
@@ -148,16 +159,17 @@ def test_the_table():
     text = printed(measured(), measured(num_shared=8192))
     assert row(text, "noattention")[:8] == ["3", "30.0", "60.0%", "!", "15.0", "1.50", "0.0%", "1.50"]
     assert "x its matrix products alone, 10.0 ms" in text  # the best round's
-    assert row(text, "hydragen", 1)[5] == "1.25"
-    assert "x prefix attention alone, 20.0 ms; attention adds 50.0 ms" in text
+    assert row(text, "hydragen", 1)[5] == "1.20"
+    assert "x prefix attention alone, 20.0 ms; attention takes 48.0 ms" in text
     assert "PyTorch's kernel takes for prefix attention alone 4.5 times as long at 4096, 4.5 times" in text
     assert "PyTorch's kernel" not in printed(measured(prefix_aten_ms=[]))  # on CUDA there is no other
-    assert row(text, "hydragen_noshared")[5] == "50%"
-    assert "its keys and values at 10.0 GB/s" in text
+    assert row(text, "hydragen_noshared")[5] == "62%"
+    assert "of the read limit: keys and values at 12.5 GB/s" in text
     assert row(text, "hf")[:2] == ["2", "1200.0"] and row(text, "hf")[5] == "20.0"
     assert "! rounds vary by more than 10%" in text
     assert "with 7 threads" in text
-    assert "reads 40.0 GB/s at most" in text
+    assert "steps: 13.3 to 40.0 GB/s" in text
+    assert "GB/s" not in printed(measured(read_gbs=[]), modes=("noattention", "hydragen"))
     assert [line.split()[0] for line in text.splitlines() if "noattention" in line] == ["4096", "8192"]
 
 
@@ -182,7 +194,7 @@ class Clock:
 @pytest.fixture
 def fakes(monkeypatch):
     """Modes and operations that note what is done, in order. ``fakes.before(mode, event)`` may raise."""
-    log, clock = [], Clock()
+    log, clock, rates = [], Clock(), itertools.cycle([30.0, 50.0])  # before and after
     fakes = SimpleNamespace(log=log, models=[], before=lambda name, event: None)
 
     class FakeMode:
@@ -215,7 +227,7 @@ def fakes(monkeypatch):
     monkeypatch.setattr(breakdown, "make_mode", lambda name, *args: FakeMode(name))
     monkeypatch.setattr(breakdown, "matmul_alone_ms", lambda *args: log.append("alone") or 10.0)
     monkeypatch.setattr(breakdown, "prefix_alone_ms", lambda *args: 90.0 if "aten_cpu" in args else 20.0)
-    monkeypatch.setattr(breakdown, "measure_ceilings", lambda *args, **kwargs: SimpleNamespace(read_gbs=40.0))
+    monkeypatch.setattr(breakdown, "read_gbs", lambda *args: next(rates))
     monkeypatch.setattr("engine.bench.timing.time", clock)
     return fakes
 
