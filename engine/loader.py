@@ -22,6 +22,7 @@ from engine.distributed import TPGroup
 from engine.dummy import dummy_tensor
 from engine.errors import InputError
 from engine.layers import WeightSlot
+from engine.memory import available_bytes
 from engine.model import Transformer
 from engine.presets import find_preset
 from engine.sharding import TensorShard, check_world_size
@@ -76,7 +77,7 @@ def load_model(
     with ExitStack() as stack:
 
         def prepare() -> tuple[_Source, Transformer]:
-            """All that can fail soon: headers are checked and memory is taken before anything is read."""
+            """All that can fail soon: headers are checked, and memory is reserved, before anything is read."""
             if tp_dir is not None:
                 source = _shard_source(Path(tp_dir).expanduser(), name, revision, group, stack)
             elif load_format == "dummy":
@@ -87,6 +88,8 @@ def load_model(
             return source, _allocate(config, group)
 
         source, model = _together(group, prepare)
+        free = available_bytes(group)
+        _together(group, lambda: _check_room(model, free, group))
         if group.rank == 0:
             _notice_emulation(model.config.dtype, group.device)
         _together(group, lambda: _fill(model, source.read))
@@ -259,11 +262,23 @@ def _allocate(config: ModelConfig, group: TPGroup) -> Transformer:
         with _default_dtype(config.dtype), group.device:
             return Transformer(config, group)
     except torch.OutOfMemoryError as error:
-        gigabytes = config.num_parameters * config.dtype.itemsize / group.size / 1e9
-        raise InputError(
-            f"a rank's weights take about {gigabytes:,.1f} GB, more than {group.device} has free; use more ranks, a "
-            "smaller dtype or a smaller model"
-        ) from error
+        num_bytes = config.num_parameters * config.dtype.itemsize // group.size
+        raise InputError(_no_room(num_bytes, f"{group.device} has free")) from error
+
+
+def _check_room(model: Transformer, free: int, group: TPGroup) -> None:
+    """Raises InputError when the host has less than ``free`` bytes for the model's parameters: it lends out more than
+    it has, and ends the process that uses it."""
+    num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    if group.device.type == "cpu" and num_bytes > free:
+        raise InputError(_no_room(num_bytes, f"the {free / 1e9:,.1f} GB that are free for it"))
+
+
+def _no_room(num_bytes: int, what: str) -> str:
+    return (
+        f"a rank's weights take {num_bytes / 1e9:,.1f} GB, more than {what}; use more devices, a smaller dtype or a "
+        "smaller model"
+    )
 
 
 @contextmanager

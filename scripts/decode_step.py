@@ -44,10 +44,10 @@ def decode_step(
     again, so that a machine whose speed drifts is as slow for one as for the other. Each mode keeps its caches
     meanwhile; one that memory does not suffice for is left out.
 
-    Prints, for each shared length: a noattention step over its matrix products alone; what attention adds to it over
-    the prefix-attention calls alone; the rate at which the baseline reads keys and values, and its part of what this
-    machine reads at most; and how many times faster hydragen is than transformers. Each with its spread over the
-    rounds.
+    Prints, for each shared length: a noattention step over its matrix products alone; what attention takes within a
+    step of hydragen over the prefix-attention calls alone; the rate at which the baseline reads keys and values within
+    its steps, and its part of what this machine reads just before and after; and how many times faster hydragen is than
+    transformers. Each with its spread over the rounds.
 
     \b
     Examples:

@@ -26,7 +26,10 @@ def generate(
         typer.Option(help="One level of the hierarchy, its prompts separated by |. Repeat it for the levels below."),
     ] = None,
     prompt_file: Annotated[
-        Path | None, typer.Option(help="One prompt a line, or JSON lines (.jsonl). Shared prefixes are found.")
+        Path | None,
+        typer.Option(
+            help="One prompt a line, or JSON lines (.jsonl); blank lines are skipped. Shared prefixes are found."
+        ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Where the completions go, if not to the terminal.")] = None,
     jsonl: Annotated[bool, typer.Option("--jsonl", help="JSON lines rather than text.")] = False,
@@ -37,7 +40,7 @@ def generate(
     max_tokens: Annotated[int, typer.Option(help="New tokens of each completion at most.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this much probability.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 for all.")] = 0,
+    top_k: Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 (or -1) for all.")] = 0,
     seed: Annotated[int, typer.Option(help="Same seed, same completions, on any number of ranks.")] = 0,
     stop_token_id: Annotated[list[int] | None, typer.Option(help="A token that ends a completion; repeatable.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")] = False,

@@ -3,7 +3,7 @@
 Every rank runs every cell; rank 0 decides what is left to do, writes the files and prints.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -69,6 +69,8 @@ def run_sweep(sweep: Sweep, group: TPGroup, console: Console) -> None:
     if skipped:
         say(f"{skipped} of {len(sweep.cells)} cells have results in {sweep.outdir} and are skipped.")
     if not todo:
+        return
+    if _refuse_weights(sweep, config, group, todo, say):
         return
     say(f"Loading {sweep.model.name} for mode {sweep.mode} ...")
     mode = make_mode(sweep.mode, sweep.model, group, sweep.tp, max(cell.batch_size for cell in sweep.cells))
@@ -162,6 +164,40 @@ def _num_ranks(sweep: Sweep, group: TPGroup) -> int:
 # ---- one cell
 
 
+def _refuse_weights(
+    sweep: Sweep, config: ModelConfig, group: TPGroup, cells: Sequence[Cell], say: Callable[[str], None]
+) -> bool:
+    """Whether not even the weights fit. Then that is recorded for every cell, and nothing need be loaded."""
+    free = min(group.gather_objects(available_bytes(group)))
+    needed = {cell: footprint(config, group.size, cell) for cell in cells}
+    if any(need is None or need.weights <= free for need in needed.values()):
+        return False
+    environment = describe_environment(group.device, config.dtype, group.size)
+    for cell, need in needed.items():
+        message = f"the weights take {need.weights / 2**30:.2f} GiB a rank; {free / 2**30:.2f} GiB are free"
+        result = _empty_result(sweep, cell, need, environment, group.size)
+        result = replace(result, status=Status.DOES_NOT_FIT, message=message)
+        group.on_rank_0(lambda result=result: write_cell(sweep.outdir, result))
+        say(f"{_name(cell)}: {_outcome(result)}")
+    return True
+
+
+def _empty_result(
+    sweep: Sweep, cell: Cell, needed: Footprint | None, environment: dict, num_ranks: int
+) -> CellResult:
+    """What is known of a cell before it has run."""
+    return CellResult(
+        cell=cell,
+        status=Status.OK,
+        model_name=sweep.model.name,
+        seed=sweep.model.seed,
+        num_iters=sweep.num_iters,
+        num_warmup=sweep.num_warmup,
+        environment=environment,
+        predicted_bytes=() if needed is None else (needed.total,) * num_ranks,
+    )
+
+
 class _Runner:
     """Runs cells of a loaded mode on all ranks."""
 
@@ -173,18 +209,9 @@ class _Runner:
 
     def run(self, cell: Cell) -> CellResult:
         """Times the cell, or says why it was not."""
-        sweep, group, mode = self._sweep, self._group, self._mode
-        needed = footprint(self._config, group.size, cell)
-        result = CellResult(
-            cell=cell,
-            status=Status.OK,
-            model_name=sweep.model.name,
-            seed=sweep.model.seed,
-            num_iters=sweep.num_iters,
-            num_warmup=sweep.num_warmup,
-            environment=self._environment,
-            predicted_bytes=() if needed is None else (needed.total,) * group.size,
-        )
+        mode = self._mode
+        needed = footprint(self._config, self._group.size, cell)
+        result = _empty_result(self._sweep, cell, needed, self._environment, self._group.size)
         refusal = self._refusal(cell, needed)
         if refusal:
             return replace(result, status=Status.DOES_NOT_FIT, message=refusal)

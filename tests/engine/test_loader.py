@@ -27,10 +27,11 @@ from engine.shards import MANIFEST_FILE, rank_file
 
 
 class Alone(TPGroup):
-    """One rank of several that do not run: as if all others succeeded at what this one does."""
+    """One rank of several that do not run: as if all others had its memory and succeeded at what it does."""
 
     def gather_objects(self, value) -> list:
-        return [value if rank == self.rank else None for rank in range(self.size)]
+        failed = isinstance(value, tuple) and isinstance(value[0], bool)
+        return [None if failed and rank != self.rank else value for rank in range(self.size)]
 
 
 def parameters(model: Transformer) -> dict[str, torch.Tensor]:
@@ -298,9 +299,16 @@ class TestOptions:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
         monkeypatch.setattr(engine.loader, "Transformer", no_memory)
-        with pytest.raises(InputError, match="a rank's weights take about 0.0 GB, more than cpu has free; use more"):
+        with pytest.raises(InputError, match="a rank's weights take 0.0 GB, more than cpu has free; use more devices"):
             load_model(hf_folder, TPGroup(), dtype="bfloat16")
         assert torch.get_default_dtype() == torch.float32
+
+    def test_weights_that_the_host_has_no_room_for(self, monkeypatch):
+        """Nothing is read: a host that lends out more memory than it has would end the process."""
+        monkeypatch.setattr(engine.loader, "_fill", None)
+        monkeypatch.setattr(engine.loader, "available_bytes", lambda group: 10**5)
+        with pytest.raises(InputError, match="a rank's weights take .* GB, more than the 0.0 GB that are free for it"):
+            load_model("tiny", TPGroup(), load_format="dummy")
 
     @pytest.mark.gpu
     def test_weights_go_to_the_device(self, hf_folder, shard_folder):

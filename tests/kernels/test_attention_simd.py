@@ -83,14 +83,24 @@ def test_keys_split_between_threads(num_keys, num_threads):
     assert_state(*state, *expected_state(q, k, v, segment, 0.25), torch.float32)
 
 
+@pytest.fixture
+def four_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("num_keys", [40, 3000], ids=["whole", "in parts"])
 @pytest.mark.parametrize("plain", [True, False], ids=["float32", "another dtype and layout"])
+@pytest.mark.usefixtures("four_threads")
 def test_merges_with_a_state(num_keys, plain):
     """As ``merge_states`` does; rows without keys on either side, or on both."""
     first, arena = make_segment([1, 1, 1, 1], [30, 30, 0, 0], False)
     second, _ = make_segment([1, 1, 1, 1], [num_keys, 0, 5, 0], False)
     q, k, v = make_inputs(first, max(arena, num_keys + 10), 6, 2, 24, torch.float32)
     state, other = (SimdSegment(s).run(q, k, v, 0.2) for s in (first, second))
+    assert _Table(second, 2, 3, torch.get_num_threads()).num_parts == (1 if num_keys == 40 else 2)
     expected = merge_states(*(x.clone() for x in (*state, *other)))
     if not plain:
         state = state[0].double().transpose(0, 1).contiguous().transpose(0, 1), state[1]

@@ -46,11 +46,14 @@ def test_rotates_in_place(dtype, head_dim):
 @DTYPES
 @HEAD_DIMS
 @pytest.mark.parametrize("num_tokens", [0, 1, 9])
-def test_into_the_cache(num_tokens, head_dim, dtype):
-    """Arenas laid out head by head; no other slot changes."""
+@pytest.mark.parametrize("keys_by_head", [True, False])
+def test_into_the_cache(keys_by_head, num_tokens, head_dim, dtype):
+    """Arenas laid out head by head and token by token; no other slot changes."""
     qkv, cos, sin = make(num_tokens, 5 + 2 * 3, head_dim, dtype)
     q, k, v = qkv.clone().split((5, 3, 3), dim=1)
-    arenas = [torch.full((3, 30, head_dim), 7.0, dtype=dtype).transpose(0, 1) for _ in range(2)]
+    by_head = torch.full((3, 30, head_dim), 7.0, dtype=dtype).transpose(0, 1)
+    arenas = [by_head, torch.full((30, 3, head_dim), 7.0, dtype=dtype)]
+    arenas = arenas if keys_by_head else arenas[::-1]
     slots = torch.randperm(30, generator=torch.Generator().manual_seed(0))[:num_tokens]
     rotate_into_cache_(qkv, cos, sin, *arenas, slots)
     keys, values = arenas

@@ -28,7 +28,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Moved by attention 3 ms a layer, planning 5 ms a list of segments, choosing 20 ms, and by what is none of it 1000 ms."""
+    """Moved by attention 3 ms a layer, planning 5 ms a list of segments, choosing 20 ms, and 1000 ms by the rest."""
     clock = Clock()
     monkeypatch.setattr(attention_spans, "time", clock)
 

@@ -283,7 +283,7 @@ class TestRoom:
         larger = max(need.cache + need.activations for need in needs.values())
         free = larger  # which leaves nothing for what nobody counts
         monkeypatch.setattr(engine.arena, "_FRACTION", 0.99)
-        monkeypatch.setattr(synth, "available_bytes", lambda group: free)
+        monkeypatch.setattr(synth, "available_bytes", lambda group: free if modes else 2**40)  # the weights are taken
         printed = run(sweep())
         for cell, result in results(sweep()).items():
             fits = needs[cell].cache + needs[cell].activations < larger
@@ -297,9 +297,24 @@ class TestRoom:
         run(sweep())
         assert len(modes) == 1, "it was tried again"
 
+    def test_weights_that_do_not_fit_are_not_loaded(self, sweep, fake, monkeypatch):
+        modes = fake()
+        weights = footprint(TINY.config(), 1, sweep().cells[0]).weights
+        monkeypatch.setattr(synth, "available_bytes", lambda group: weights - 1)
+        printed = run(sweep())
+        assert not modes and "Loading" not in printed
+        found = results(sweep())
+        assert set(found) == set(sweep().cells)
+        for result in found.values():
+            assert result.status == Status.DOES_NOT_FIT and result.predicted_bytes[0] > weights
+            gib = f"{weights / GIB:.2f} GiB"
+            assert result.message == f"the weights take {gib} a rank; {gib} are free" in printed
+        run(sweep())
+        assert not modes, "it was tried again"
+
     def test_ranks_go_by_the_one_with_least(self, sweep, fake, monkeypatch):
-        fake()
-        monkeypatch.setattr(synth, "available_bytes", lambda group: 0 if group.rank == 1 else 2**40)
+        modes = fake()
+        monkeypatch.setattr(synth, "available_bytes", lambda group: 0 if modes and group.rank == 1 else 2**40)
         run_ranks(2, lambda group: run(sweep(), group))
         assert {result.status for result in results(sweep()).values()} == {Status.DOES_NOT_FIT}
 
