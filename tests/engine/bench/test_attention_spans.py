@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from clock import Clock
 
 from engine.bench import attention_spans
 from engine.bench.attention_spans import AttentionSpans
@@ -17,13 +18,6 @@ from kernels import AttentionPlan
 
 CPU = torch.device("cpu")
 NUM_LAYERS = 2
-
-
-class Clock:
-    now = 0.0
-
-    def perf_counter(self):
-        return self.now
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from clock import Clock
 from commands import ROOT, Command, assert_mistake
 from rich.console import Console
 
@@ -180,15 +181,6 @@ def test_a_low_spread_is_not_flagged():
 
 
 # ---- measuring
-
-
-class Clock:
-    """Time that passes only when a mode says so, seconds."""
-
-    now = 0.0
-
-    def perf_counter(self):
-        return self.now
 
 
 @pytest.fixture
