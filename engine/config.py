@@ -16,12 +16,13 @@ from engine.json_fields import Fields, agreed, refused
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-RopeType = Literal["default", "linear", "llama3", "yarn"]
+RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 # The fields, besides theta, that each RoPE type reads.
 _ROPE_FIELDS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
+    "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": (
         "factor",
@@ -33,6 +34,7 @@ _ROPE_FIELDS: dict[str, tuple[str, ...]] = {
         "mscale_all_dim",
         "truncate",
     ),
+    "longrope": ("factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"),
 }
 
 
@@ -40,12 +42,14 @@ _ROPE_FIELDS: dict[str, tuple[str, ...]] = {
 class RopeConfig:
     """Rotary position embedding. A field that ``type`` does not read keeps its default.
 
-    ``original_max_position_embeddings`` of None stands for the model's ``max_position_embeddings``; a yarn ``factor``
-    of None for the ratio of the two. Raises InputError for an unknown type or numbers that make no embedding.
+    ``original_max_position_embeddings`` of None stands for the model's ``max_position_embeddings``; a ``factor`` of
+    None, of yarn or longrope, for the ratio of the two. Raises InputError for an unknown type or numbers that make no
+    embedding.
     """
 
     type: RopeType = "default"
     theta: float = 10000.0
+    partial_rotary_factor: float = 1.0  # of a head's dimensions, the first ones, that are rotated
     factor: float | None = None
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
@@ -56,14 +60,20 @@ class RopeConfig:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    short_factor: tuple[float, ...] | None = None  # one for each rotated pair, in sequences of the original length
+    long_factor: tuple[float, ...] | None = None  # and in longer ones
 
     def __post_init__(self) -> None:
         if self.type not in _ROPE_FIELDS:
             raise refused("rope_type", self.type, ", ".join(_ROPE_FIELDS), "use a model with one of these")
         if not self.theta > 1:
             raise refused("rope_theta", self.theta, "a number above 1")
-        if self.factor is None and self.type in ("linear", "llama3"):
+        if not 0 < self.partial_rotary_factor <= 1:
+            raise refused("partial_rotary_factor", self.partial_rotary_factor, "a number above 0 and up to 1")
+        if self.factor is None and self.type in ("linear", "dynamic", "llama3"):
             raise refused("factor", None, f"a positive number for rope type {self.type}")
+        if self.type == "dynamic" and self.factor < 1:
+            raise refused("factor", self.factor, "a number of at least 1 for rope type dynamic")
         for name in ("factor", "attention_factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -72,6 +82,11 @@ class RopeConfig:
             low, high = self.low_freq_factor, self.high_freq_factor
             if low is None or high is None or not 0 < low < high:
                 raise refused("low_freq_factor, high_freq_factor", (low, high), "two numbers, 0 < first < second")
+        if self.type == "longrope":
+            for name in ("short_factor", "long_factor"):
+                factors = getattr(self, name)
+                if not factors or not all(factor > 0 for factor in factors):
+                    raise refused(name, factors, "a list of positive numbers, one for each rotated pair")
         if self.beta_fast < self.beta_slow:
             raise refused("beta_fast, beta_slow", (self.beta_fast, self.beta_slow), "beta_fast >= beta_slow")
 
@@ -89,6 +104,12 @@ class _Family:
     o_bias: bool | str = False
     mlp_bias: bool | str = False
     qk_norm: bool = False
+    fused_qkv: bool = False  # query, key and value projections are one tensor
+    fused_gate_up: bool = False
+    rope_interleaved: bool = False  # a rotated pair are neighbours; otherwise they are half the rotated part apart
+    partial_rotary: bool = False  # whether the config says how much of a head is rotated
+    rope_names: Mapping[str, str] = field(default_factory=dict)  # other names of RoPE types
+    window: bool = False  # sliding_window counts, in every layer
     window_switch: bool = False  # a sliding window is off unless use_sliding_window is true
     extra: Mapping[str, Any] = field(default_factory=dict)  # what to_hf adds
 
@@ -111,7 +132,38 @@ _FAMILIES: dict[str, _Family] = {
             "bos_token_id": 1,
             "eos_token_id": 2,
         },
-        extra={"sliding_window": None},
+        window=True,
+    ),
+    "Phi3ForCausalLM": _Family(
+        model_type="phi3",
+        defaults={
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "bos_token_id": 1,
+            "eos_token_id": 32000,
+        },
+        fused_qkv=True,
+        fused_gate_up=True,
+        partial_rotary=True,
+        rope_names={"su": "longrope", "yarn": "longrope"},
+        window=True,
+    ),
+    "GlmForCausalLM": _Family(
+        model_type="glm",
+        defaults={
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "rms_norm_eps": 1.5625e-07,
+            "attention_bias": True,
+            "partial_rotary_factor": 0.5,
+            "eos_token_id": [151329, 151336, 151338],
+        },
+        qkv_bias="attention_bias",
+        fused_gate_up=True,
+        rope_interleaved=True,
+        partial_rotary=True,
     ),
     "Qwen2ForCausalLM": _Family(
         model_type="qwen2",
@@ -160,6 +212,7 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm of each query and key head before RoPE (Qwen3)
+    sliding_window: int | None = None  # a token sees so many of the last ones, itself included; None: all before it
     dtype: torch.dtype = torch.float32
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -167,6 +220,32 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _check_numbers(self)
         _check_biases(self, _family(self.architecture))
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that are rotated, the first ones."""
+        return int(self.head_dim * self.rope.partial_rotary_factor)
+
+    @property
+    def rope_interleaved(self) -> bool:
+        """Whether the two of a rotated pair are neighbours (GLM); otherwise they are half the rotated part apart."""
+        return _family(self.architecture).rope_interleaved
+
+    @property
+    def fused_qkv(self) -> bool:
+        """Whether the checkpoint has the query, key and value projections in one tensor."""
+        return _family(self.architecture).fused_qkv
+
+    @property
+    def fused_gate_up(self) -> bool:
+        """Whether the checkpoint has the MLP's gate and up projections in one tensor."""
+        return _family(self.architecture).fused_gate_up
+
+    @property
+    def max_positions(self) -> int:
+        """The longest sequence: with dynamic RoPE ``factor`` times what the model was trained for."""
+        scale = self.rope.factor if self.rope.type == "dynamic" else 1.0
+        return int(self.max_position_embeddings * scale)
 
     @property
     def num_parameters(self) -> int:
@@ -193,7 +272,6 @@ class ModelConfig:
         hidden_size = fields.integer("hidden_size")
         max_positions = fields.integer("max_position_embeddings")
         _refuse_unhandled(fields, family, architecture)
-        _refuse_window(fields, family, num_layers, max_positions)
         return cls(
             architecture=architecture,
             vocab_size=fields.integer("vocab_size"),
@@ -205,12 +283,13 @@ class ModelConfig:
             head_dim=_head_dim(fields, hidden_size, num_heads),
             rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
             max_position_embeddings=max_positions,
-            rope=_rope_from_hf(fields),
+            rope=_rope_from_hf(fields, family),
             tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
             qkv_bias=_bias(fields, family.qkv_bias),
             o_bias=_bias(fields, family.o_bias),
             mlp_bias=_bias(fields, family.mlp_bias),
             qk_norm=family.qk_norm,
+            sliding_window=_window(fields, family, num_layers, max_positions),
             dtype=_dtype_from_hf(fields),
             bos_token_id=fields.integer("bos_token_id", None),
             eos_token_ids=fields.token_ids("eos_token_id"),
@@ -246,6 +325,9 @@ class ModelConfig:
             "bos_token_id": self.bos_token_id,
             "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
             **{name: value for name, value in biases if isinstance(name, str)},
+            **_own_lengths(self.rope, family),
+            **({"sliding_window": self.sliding_window} if family.window else {}),
+            **({"partial_rotary_factor": self.rope.partial_rotary_factor} if family.partial_rotary else {}),
             **family.extra,
         }
 
@@ -261,8 +343,19 @@ def _check_numbers(config: ModelConfig) -> None:
         raise refused(
             "num_key_value_heads", config.num_kv_heads, f"a divisor of num_attention_heads ({config.num_heads})"
         )
-    if config.head_dim % 2:
-        raise refused("head_dim", config.head_dim, "an even number, as RoPE rotates pairs")
+    if config.rotary_dim % 2 or config.rotary_dim < 2:
+        accepted = "an even number of rotated dimensions, as RoPE takes pairs"
+        if config.rotary_dim < config.head_dim:
+            raise refused("partial_rotary_factor", config.rope.partial_rotary_factor, accepted)
+        raise refused("head_dim", config.head_dim, accepted)
+    if config.rope.type == "dynamic" and config.rotary_dim < 4:
+        raise refused("head_dim", config.head_dim, "at least 4 rotated dimensions for rope type dynamic")
+    for name in ("short_factor", "long_factor"):
+        factors = getattr(config.rope, name)
+        if factors is not None and len(factors) != config.rotary_dim // 2:
+            raise refused(name, f"{len(factors)} numbers", f"{config.rotary_dim // 2}, one for each rotated pair")
+    if config.sliding_window is not None and config.sliding_window < 1:
+        raise refused("sliding_window", config.sliding_window, "an integer of at least 1, or null")
     if not config.rms_norm_eps > 0:
         raise refused("rms_norm_eps", config.rms_norm_eps, "a positive number")
     if config.dtype not in _DTYPES.values():
@@ -275,6 +368,10 @@ def _check_numbers(config: ModelConfig) -> None:
 
 def _check_biases(config: ModelConfig, family: _Family) -> None:
     """Only what ``to_hf`` can say and transformers would run."""
+    if config.sliding_window is not None and not family.window:
+        raise refused("sliding_window", config.sliding_window, f"null for {config.architecture}")
+    if config.rope.partial_rotary_factor != 1 and not family.partial_rotary:
+        raise refused("partial_rotary_factor", config.rope.partial_rotary_factor, f"1 for {config.architecture}")
     for name in ("qkv_bias", "o_bias", "mlp_bias", "qk_norm"):
         allowed = getattr(family, name)
         if isinstance(allowed, bool) and getattr(config, name) != allowed:
@@ -338,7 +435,6 @@ def _refuse_unhandled(fields: Fields, family: _Family, architecture: str) -> Non
     harmless: dict[str, tuple[Any, ...]] = {
         "hidden_act": ("silu", "swish"),
         "is_causal": (True,),
-        "partial_rotary_factor": (None, 1),
         "quantization_config": (None,),
         "compression_config": (None,),
         "per_layer_config": (None, {}),
@@ -353,8 +449,8 @@ def _refuse_unhandled(fields: Fields, family: _Family, architecture: str) -> Non
             raise refused(name, fields.values[name], f"false for {architecture}, which has no such bias")
 
 
-def _refuse_window(fields: Fields, family: _Family, num_layers: int, max_positions: int) -> None:
-    """Refuses a sliding window that some position would feel."""
+def _window(fields: Fields, family: _Family, num_layers: int, max_positions: int) -> int | None:
+    """The sliding window of all layers, None where no position would feel it. Refuses one of some layers only."""
     layer_types = fields.values.get("layer_types")
     if layer_types is not None:
         if not isinstance(layer_types, list | tuple) or any(kind != "full_attention" for kind in layer_types):
@@ -363,24 +459,29 @@ def _refuse_window(fields: Fields, family: _Family, num_layers: int, max_positio
         switched_on = fields.boolean("use_sliding_window", False)
         in_some_layer = fields.integer("max_window_layers", 28) < num_layers and layer_types is None
         if not (switched_on and in_some_layer):
-            return
+            return None
     window = fields.integer("sliding_window", None)
-    if window is not None and window < max_positions:
+    if window is None or window >= max_positions:
+        return None
+    if not family.window:
         raise refused(
             "sliding_window",
             window,
             f"null, or at least max_position_embeddings ({max_positions})",
-            "sliding windows are not implemented; use another model",
+            "windows that differ between layers are not implemented; use another model",
         )
+    return window
 
 
-def _rope_from_hf(fields: Fields) -> RopeConfig:
+def _rope_from_hf(fields: Fields, family: _Family) -> RopeConfig:
     raw = fields.either("rope_parameters", "rope_scaling")
     raw = {} if raw is None else raw
     if not isinstance(raw, Mapping):
         raise refused("rope_scaling", raw, "a JSON object or null")
     rope_type = Fields(raw).either("rope_type", "type") or "default"
-    if rope_type not in _ROPE_FIELDS:
+    if isinstance(rope_type, str):
+        rope_type = family.rope_names.get(rope_type, rope_type)
+    if not isinstance(rope_type, str) or rope_type not in _ROPE_FIELDS:
         raise refused("rope_type", rope_type, ", ".join(_ROPE_FIELDS), "use a model with one of these")
     read = _ROPE_FIELDS[rope_type]
     # "finetuned" tells how published models were made; no implementation reads it.
@@ -388,26 +489,33 @@ def _rope_from_hf(fields: Fields) -> RopeConfig:
     for name, value in raw.items():
         if name not in known and value is not None:
             raise refused(name, value, f"only {', '.join(read) or 'rope_theta'} for rope type {rope_type}")
-    if raw.get("partial_rotary_factor") not in (None, 1):
-        raise refused("partial_rotary_factor", raw["partial_rotary_factor"], "1", "use another model")
-    if "factor" in read and "factor" not in raw:
+    if "factor" in read and "factor" not in raw and rope_type != "longrope":
         raise refused("factor", None, f"a positive number for rope type {rope_type}")
 
     # transformers takes these two from the top level as well.
     both = {
         name: agreed(f"rope_scaling.{name}", raw.get(name), name, fields.values.get(name))
-        for name in ("rope_theta", "original_max_position_embeddings")
+        for name in ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
     }
-    rope = Fields({**raw, **{name: value for name, value in both.items() if value is not None}})
+    rope = Fields({**raw, **{name: value for name, value in both.items() if value is not None}}, family.defaults)
     values: dict[str, Any] = {"theta": rope.number("rope_theta", None)}
+    values["partial_rotary_factor"] = rope.number("partial_rotary_factor", None)
     for name in read:
         if name == "truncate":
             values[name] = rope.boolean(name, True)
         elif name == "original_max_position_embeddings":
             values[name] = rope.integer(name, None)
+        elif name in ("short_factor", "long_factor"):
+            values[name] = rope.numbers(name)
         else:
             values[name] = rope.number(name, None)
     return RopeConfig(type=rope_type, **{name: value for name, value in values.items() if value is not None})
+
+
+def _own_lengths(rope: RopeConfig, family: _Family) -> dict[str, int]:
+    """The original length where transformers has one of its own for a family, which it would take for a missing one."""
+    name = "original_max_position_embeddings"
+    return {name: rope.original_max_position_embeddings or family.defaults[name]} if name in family.defaults else {}
 
 
 def _rope_to_hf(rope: RopeConfig) -> dict[str, Any] | None:

@@ -17,7 +17,8 @@ from engine.decoding import Generated, Request, decode, full_logits
 from engine.errors import InputError
 from engine.executor import Executor, ResidentNode
 from engine.model import Transformer
-from engine.prefix_tree import PrefixTree, build_from_levels, build_from_prompts, repeat, root_only
+from engine.prefix_tree import PrefixTree, build_from_levels, build_from_prompts, repeat, root_only, select
+from engine.rope import rope_length
 from engine.sampling import SamplingParams, prompt_hash, row_key
 from engine.shared_levels import SharedLevels, even_parents
 from engine.waves import restrict, waves
@@ -122,19 +123,28 @@ class Engine:
         return len(self._shared.levels)
 
     def append_shared(
-        self, prompts: Sequence[Sequence[int]], parents: Sequence[int] | None = None, *, attention: str = "hydragen"
+        self,
+        prompts: Sequence[Sequence[int]],
+        parents: Sequence[int] | None = None,
+        *,
+        attention: str = "hydragen",
+        planned_length: int | None = None,
     ) -> torch.Tensor:
         """Computes one more level below the kept ones, and keeps it.
 
         Entry ``j`` continues entry ``parents[j]`` of the last level, or the level divides evenly into blocks. An entry
-        that none continues stays, but can no longer be generated below. Returns the logits after each entry's last
-        token, ``(n, V)`` float32.
+        that none continues stays, but can no longer be generated below. Where RoPE goes by a sequence's length
+        (dynamic, longrope), ``planned_length`` is what the sequences below will have; without it, what they have so
+        far. Returns the logits after each entry's last token, ``(n, V)`` float32.
         """
         method = get_method(attention)
         self._shared.check(method)
         tree = self._shared.tree_of_next(prompts, parents)
-        self._check(tree, [0] * tree.num_sequences)
-        hidden = self._shared.append(tree, prompts, parents, method)
+        longest = max(self._check(tree, [0] * tree.num_sequences, planned_length))
+        rope_length = self._rope_length(longest)
+        self._shared.check_rope_length(rope_length, "the level")
+        self.model.prepare(longest, rope_length)
+        hidden = self._shared.append(tree, prompts, parents, method, rope_length)
         return full_logits(self.model.logits(hidden), self.model.config.vocab_size, self.model.group)
 
     def truncate_shared(self, num_levels: int) -> None:
@@ -160,6 +170,7 @@ class Engine:
         starting_logits: torch.Tensor | None = None,
         forced_tokens: Sequence[Sequence[int]] | None = None,
         return_logits: bool = False,
+        planned_length: int | None = None,
         on_tokens: OnTokens | None = None,
     ) -> list[list[Generated]]:
         """For each prompt, in the caller's order, its ``params.n`` samples.
@@ -178,6 +189,8 @@ class Engine:
             starting_logits: (n, V); the first new token is chosen from these.
             forced_tokens: for each prompt, tokens to take instead of chosen ones, from the first on.
             return_logits: keep the logits that every token was chosen from.
+            planned_length: where RoPE goes by a sequence's length (dynamic, longrope), the length to take instead of
+                each prompt's with its ``max_tokens``. A sequence is rotated by it from its first token to its last.
             on_tokens: called after every step with (new tokens, sequences that ended).
 
         Raises InputError for prompts or options that cannot be used, and for a prompt that alone has no room.
@@ -193,14 +206,17 @@ class Engine:
         num_kept = self.num_shared_levels
         try:
             if shared_cache_op == "extend":
-                self._extend(prompts, parents, attention)
+                self._extend(prompts, parents, params, attention, planned_length)
                 prompts, parents = [()] * len(self._shared.levels[-1]), None
             below_kept = shared_cache_op != "wipe" and self.num_shared_levels > 0
             tree = self._tree(prompts, parents, min_shared, below_kept)
             params = self._params(params, tree.num_sequences)
             counts = [p.n for p in params]
             requests = self._requests(tree, params, forced_tokens)
-            self._check(tree, [p.max_tokens for p in params])
+            lengths = self._check(tree, [p.max_tokens for p in params], planned_length)
+            if below_kept:
+                for number, length in enumerate(lengths):
+                    self._shared.check_rope_length(self._rope_length(length), f"prompt {number}")
             if starting_logits is not None:
                 starting_logits = self._starting_logits(starting_logits, counts)
             tree = repeat(tree, counts)
@@ -208,7 +224,8 @@ class Engine:
                 tree = root_only(tree)
             if shared_cache_op == "wipe":
                 self.empty_shared()  # now that nothing is wrong with the call
-            results = self._run(tree, requests, method, starting_logits, return_logits, on_tokens)
+            lengths = [length for length, count in zip(lengths, counts, strict=True) for _ in range(count)]
+            results = self._run_alike(tree, requests, lengths, method, starting_logits, return_logits, on_tokens)
         except BaseException:
             self.truncate_shared(min(num_kept, self.num_shared_levels))  # a call that fails extends nothing
             raise
@@ -216,12 +233,21 @@ class Engine:
         return [results[end - count : end] for end, count in zip(ends, counts, strict=True)]
 
     def _extend(
-        self, prompts: Sequence[Sequence[int]] | Levels, parents: Sequence[int] | None, attention: str
+        self,
+        prompts: Sequence[Sequence[int]] | Levels,
+        parents: Sequence[int] | None,
+        params: SamplingParams | Sequence[SamplingParams],
+        attention: str,
+        planned_length: int | None,
     ) -> None:
         laid_out = prompts if isinstance(prompts, Levels) else Levels([prompts])
+        if planned_length is None:
+            tree = self._tree(prompts, parents, None, self.num_shared_levels > 0)
+            max_tokens = [p.max_tokens for p in self._params(params, tree.num_sequences)]
+            planned_length = max(self._check(tree, max_tokens))
         all_parents = [parents, *laid_out.all_parents()]
         for level, owners in zip(laid_out.levels, all_parents, strict=True):
-            self.append_shared(level, owners, attention=attention)
+            self.append_shared(level, owners, attention=attention, planned_length=planned_length)
 
     def _tree(
         self,
@@ -287,21 +313,36 @@ class Engine:
         self._check_ids(ids, f"forced_tokens of prompt {number}")
         return tuple(ids.tolist())
 
-    def _check(self, tree: PrefixTree, max_tokens: Sequence[int]) -> None:
-        """Token ids inside the vocabulary, sequences inside the model's positions."""
+    def _check(self, tree: PrefixTree, max_tokens: Sequence[int], planned_length: int | None = None) -> list[int]:
+        """Token ids inside the vocabulary, sequences inside the model's positions; each sequence's planned length.
+
+        All in the caller's order.
+        """
         for tokens in (*(node.tokens for node in tree.nodes), *tree.suffixes):
             self._check_ids(tokens, "the prompt")
-        limit = self.model.config.max_position_embeddings
-        longest = 0
-        for i, caller in enumerate(tree.order):
+        limit = self.model.config.max_positions
+        if planned_length is not None and planned_length > limit:
+            raise InputError(f"planned_length is {planned_length}; accepted: up to {limit}, the model's positions")
+        lengths = []
+        for caller, i in enumerate(np.argsort(tree.order).tolist()):
             length = tree.sequence_length(i)
             if length + max_tokens[caller] > limit:
                 raise InputError(
                     f"prompt {caller} has {length} tokens and is to get {max_tokens[caller]} more; accepted: at most "
                     f"{limit} together, the model's positions; shorten the prompt or lower max_tokens"
                 )
-            longest = max(longest, length + max_tokens[caller])
-        self.model.prepare(longest)
+            lengths.append(length + max_tokens[caller])
+        if planned_length is None:
+            return lengths
+        if max(lengths) > planned_length:
+            raise InputError(
+                f"planned_length is {planned_length}, but a prompt and its new tokens make {max(lengths)}; accepted: "
+                "at least as many; raise it"
+            )
+        return [planned_length] * len(lengths)
+
+    def _rope_length(self, length: int) -> int:
+        return rope_length(self.model.config, length)
 
     def _check_ids(self, tokens: np.ndarray, what: str) -> None:
         vocab_size = self.model.config.vocab_size
@@ -320,6 +361,36 @@ class Engine:
         return logits.repeat_interleave(torch.tensor(counts, device=logits.device), dim=0).to(self.model.group.device)
 
     # ---- waves ----
+
+    def _run_alike(
+        self,
+        tree: PrefixTree,
+        requests: list[Request],
+        lengths: list[int],
+        method: AttentionMethod,
+        starting_logits: torch.Tensor | None,
+        return_logits: bool,
+        on_tokens: OnTokens | None,
+    ) -> list[Generated]:
+        """All sequences of the tree, those that RoPE rotates alike together: they alone can share keys. Most often
+        these are all. ``requests``, ``lengths`` (the planned ones) and the results are in the caller's order."""
+        alike: dict[int, list[int]] = {}
+        for number, length in enumerate(lengths):
+            alike.setdefault(self._rope_length(length), []).append(number)
+        results: list[Generated | None] = [None] * len(requests)
+        for length, members in alike.items():
+            self.model.prepare(max(lengths[number] for number in members), length)
+            generated = self._run(
+                tree if len(alike) == 1 else select(tree, members),
+                [requests[number] for number in members],
+                method,
+                None if starting_logits is None else starting_logits[members],
+                return_logits,
+                on_tokens,
+            )
+            for number, result in zip(members, generated, strict=True):
+                results[number] = result
+        return results
 
     def _run(
         self,

@@ -13,8 +13,9 @@ from engine.attention import AttentionMethod, Placement, Runs
 from engine.kv_cache import KVCache
 from engine.model import Step, Transformer
 from engine.prefix_tree import PrefixTree, levels
-from kernels import AttentionPlan, Backend
+from kernels import AttentionPlan, Backend, Segment
 from kernels.attention import PlannedSegment
+from kernels.window import within_window
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Executor:
     ):
         self.model, self.cache, self.method = model, cache, method
         self.tree, self.placement, self.backend = tree, placement, backend
+        self.window = model.config.sliding_window
         self.device = model.embedding.weight.device
         self.dtype = model.embedding.weight.dtype
         self.resident = resident
@@ -89,11 +91,13 @@ class Executor:
         """
         own_lens = self.suffix_lens[active] + num_generated
         runs = self._suffix_runs(active, np.ones_like(active), own_lens)
-        if not np.array_equal(active, self._active):
-            self._shared_plan = self._plan(self.method.shared_segments(self.tree, self.placement, runs))
-            self._active = active
-        plan = AttentionPlan(self._plan(self.method.own_segments(runs)) + self._shared_plan)
         positions = runs.positions + own_lens - 1
+        # A window moves with every step.
+        if self.window is not None or not np.array_equal(active, self._active):
+            shared_segments = self.method.shared_segments(self.tree, self.placement, runs)
+            self._shared_plan = self._plan(shared_segments, positions)
+            self._active = active
+        plan = AttentionPlan(self._plan(self.method.own_segments(runs), positions) + self._shared_plan)
         slots = runs.own_starts + own_lens - 1
         step = Step(tokens, self._tensor(positions), self._tensor(slots) if self.cache else None, None)
         return self.model(step, plan, self.cache)
@@ -119,9 +123,11 @@ class Executor:
             self._tensor(slots) if self.cache else None,
             self._tensor(runs.q_offsets[1:] - 1) if last_only else None,
         )
-        return self.model(step, AttentionPlan(self._plan(segments)), self.cache)
+        return self.model(step, AttentionPlan(self._plan(segments, positions)), self.cache)
 
-    def _plan(self, segments) -> list[PlannedSegment]:
+    def _plan(self, segments: list[Segment], q_positions: np.ndarray) -> list[PlannedSegment]:
+        if self.window is not None:
+            segments = [part for segment in segments for part in within_window(segment, q_positions, self.window)]
         return [PlannedSegment(segment, self.device, self.dtype, self.backend) for segment in segments]
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:

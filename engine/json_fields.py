@@ -51,6 +51,13 @@ class Fields:
             raise refused(name, value, "a finite number")
         return float(value)
 
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """A list of finite floats."""
+        value = self._get(name, _REQUIRED)
+        if not isinstance(value, list | tuple):
+            raise refused(name, value, "a list of numbers")
+        return tuple(Fields({name: item}).number(name) for item in value)
+
     def boolean(self, name: str, default: bool) -> bool:
         """True or False, never null."""
         value = self._get(name, default)

@@ -151,7 +151,8 @@ def _checkpoint_source(name: str, revision: str | None, group: TPGroup, stack: E
     def read(shard: TensorShard) -> Tensor:
         if shard.dim is None:
             return checkpoint.read(shard.name)
-        return checkpoint.read(shard.name, shard.dim, shard.start, shard.length)
+        parts = [checkpoint.read(shard.name, shard.dim, *stretch) for stretch in shard.stretches]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, shard.dim)
 
     return _Source(config, folder, read)
 

@@ -4,7 +4,7 @@ The forward pass is layer-major: within a layer, projections and MLP run in chun
 them at once. So beside the KV cache only the residual stream and one layer's queries grow with the prompt.
 
 Shapes: T tokens, C tokens of a chunk, R rows that need logits, Hq and Hkv local query and KV heads, D head dimension,
-V local vocabulary, S slots of the KV arena.
+P rotated dimensions of it, L positions, V local vocabulary, S slots of the KV arena.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from engine.layers import (
     WeightSlot,
 )
 from engine.rope import cos_sin_table
-from engine.sharding import Rule, check_world_size, local_kv_heads, split, split_kv_heads
+from engine.sharding import Rule, check_world_size, fused, local_kv_heads, split, split_kv_heads
 from kernels import AttentionPlan
 from kernels.rotary import apply_rotary_, rotate_into_cache_
 from kernels.swiglu import swiglu
@@ -57,13 +57,16 @@ class Attention(nn.Module):
                 split_kv_heads(f"{prefix}.v_proj.{kind}", kv_shape[last], config.num_kv_heads, rank, size),
             ]
 
-        biases = shards("bias", slice(0, 1)) if config.qkv_bias else ()
-        self.qkv_proj = ColumnParallelLinear(shards("weight", slice(None)), biases)
+        weights = shards("weight", slice(None))
+        if config.fused_qkv:
+            weights = [fused(f"{prefix}.qkv_proj.weight", weights)]
+        self.qkv_proj = ColumnParallelLinear(weights, shards("bias", slice(0, 1)) if config.qkv_bias else ())
         self.o_proj = RowParallelLinear(f"{prefix}.o_proj", (hidden, config.num_heads * D), group, config.o_bias)
         self.num_heads = config.num_heads // size
         self.num_kv_heads = local_kv_heads(config.num_kv_heads, rank, size)[1]
         self.head_dim = D
         self.scale = D**-0.5
+        self.interleaved = config.rope_interleaved
         self.q_norm = self.k_norm = None
         if config.qk_norm:
             self.q_norm = RMSNorm(f"{prefix}.q_norm", D, config.rms_norm_eps)
@@ -92,8 +95,10 @@ class MLP(nn.Module):
                 for part in ("gate", "up")
             ]
 
-        biases = shards("bias", slice(0, 1)) if config.mlp_bias else ()
-        self.gate_up_proj = ColumnParallelLinear(shards("weight", slice(None)), biases)
+        weights = shards("weight", slice(None))
+        if config.fused_gate_up:
+            weights = [fused(f"{prefix}.gate_up_proj.weight", weights)]
+        self.gate_up_proj = ColumnParallelLinear(weights, shards("bias", slice(0, 1)) if config.mlp_bias else ())
         self.down_proj = RowParallelLinear(f"{prefix}.down_proj", shape[::-1], group, config.mlp_bias)
 
     def forward(self, x_CI: torch.Tensor) -> torch.Tensor:
@@ -112,7 +117,7 @@ class Layer(nn.Module):
         )
         self.mlp = MLP(config, f"{prefix}.mlp", group)
 
-    def forward(self, x_TI, step: Step, cos_T1D, sin_T1D, plan: AttentionPlan, cache: KVCache | None, chunk: int):
+    def forward(self, x_TI, step: Step, cos_T1P, sin_T1P, plan: AttentionPlan, cache: KVCache | None, chunk: int):
         """Adds the layer's output to the residual stream ``x (T, hidden)``, in place, and returns it."""
         T = x_TI.shape[0]
         attention = self.attention
@@ -121,10 +126,11 @@ class Layer(nn.Module):
         k_SHD, v_SHD = (None, None) if cache is None else cache.layer(self.index)
         for part in chunks:
             qkv_CHD = attention.project(self.input_norm(x_TI[part]))
+            cos, sin, interleaved = cos_T1P[part], sin_T1P[part], attention.interleaved
             if cache is None:
-                apply_rotary_(qkv_CHD[:, : -attention.num_kv_heads], cos_T1D[part], sin_T1D[part])
+                apply_rotary_(qkv_CHD[:, : -attention.num_kv_heads], cos, sin, interleaved)
             else:
-                rotate_into_cache_(qkv_CHD, cos_T1D[part], sin_T1D[part], k_SHD, v_SHD, step.slots_T[part])
+                rotate_into_cache_(qkv_CHD, cos, sin, k_SHD, v_SHD, step.slots_T[part], interleaved)
             q_CHD = qkv_CHD[:, : attention.num_heads]
             if q_THD is None:
                 q_THD = q_CHD
@@ -156,7 +162,8 @@ class Transformer(nn.Module):
         self.norm = RMSNorm("model.norm", config.hidden_size, config.rms_norm_eps)
         tied = self.embedding if config.tie_word_embeddings else None
         self.head = VocabParallelHead("lm_head.weight", vocab_shape, group, tied)
-        self._cos_sin_P2D = torch.empty(0)
+        self._cos_sin_L2P = torch.empty(0)
+        self._rope_length = 0
 
     def weight_slots(self) -> Iterator[WeightSlot]:
         for module in self.modules():
@@ -167,11 +174,15 @@ class Transformer(nn.Module):
         """KV heads that this rank holds."""
         return self.layers[0].attention.num_kv_heads
 
-    def prepare(self, num_positions: int) -> None:
-        """Makes the rotary table long enough for positions below ``num_positions``."""
-        if self._cos_sin_P2D.shape[0] < num_positions:
-            cos, sin = cos_sin_table(self.config, num_positions, self.embedding.weight.device).unbind(1)
-            self._cos_sin_P2D = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), dim=1)
+    def prepare(self, num_positions: int, rope_length: int = 0) -> None:
+        """Makes the rotary table, for positions below ``num_positions`` of sequences of this ``rope_length``."""
+        if self._cos_sin_L2P.shape[0] >= num_positions and self._rope_length == rope_length:
+            return
+        device = self.embedding.weight.device
+        cos, sin = cos_sin_table(self.config, num_positions, device, rope_length).unbind(1)
+        pairs_dim = -1 if self.config.rope_interleaved else -2  # where the two of a pair go, next to their number
+        table = [torch.stack(pair, pairs_dim).flatten(-2) for pair in ((cos, cos), (-sin, sin))]
+        self._cos_sin_L2P, self._rope_length = torch.stack(table, dim=1), rope_length
 
     @torch.inference_mode()
     def forward(self, step: Step, plan: AttentionPlan, cache: KVCache | None) -> torch.Tensor:
@@ -179,10 +190,10 @@ class Transformer(nn.Module):
 
         Keys and values are written to the cache; without one (attention disabled) they are dropped.
         """
-        cos_T1D, sin_T1D = self._cos_sin_P2D[step.positions_T].unsqueeze(2).unbind(1)
+        cos_T1P, sin_T1P = self._cos_sin_L2P[step.positions_T].unsqueeze(2).unbind(1)
         x_TI = self.embedding(step.tokens_T)
         for layer in self.layers:
-            x_TI = layer(x_TI, step, cos_T1D, sin_T1D, plan, cache, self.prefill_chunk)
+            x_TI = layer(x_TI, step, cos_T1P, sin_T1P, plan, cache, self.prefill_chunk)
         return self.norm(x_TI if step.rows_R is None else x_TI[step.rows_R])
 
     @torch.inference_mode()

@@ -207,6 +207,22 @@ def root_only(tree: PrefixTree) -> PrefixTree:
     return _assemble([-1] * len(runs), runs, leaf_parents, suffixes)
 
 
+def select(tree: PrefixTree, sequences: Sequence[int]) -> PrefixTree:
+    """The tree of some of the caller's ``sequences``, each once, numbered anew in the order in which they are given.
+
+    Nodes with none of them below are left out; those with a single one stay.
+    """
+    place = np.argsort(tree.order)
+    kept = sorted({node for j in sequences for node in tree.leaf_path(place[j])})
+    new_index = {-1: -1} | {node: index for index, node in enumerate(kept)}
+    return _assemble(
+        [new_index[tree.nodes[node].parent] for node in kept],
+        [tree.nodes[node].tokens for node in kept],
+        [new_index[tree.leaf_nodes[place[j]]] for j in sequences],
+        [tree.suffixes[place[j]] for j in sequences],
+    )
+
+
 def flatten(tree: PrefixTree) -> list[list[int]]:
     """Every sequence's tokens in the caller's order, nothing shared: the inverse of the builders."""
     return [tree.sequence_tokens(i).tolist() for i in np.argsort(tree.order)]

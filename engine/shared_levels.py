@@ -30,6 +30,7 @@ class SharedLevels:
         self.parents: list[list[int]] = []  # of each level but the first
         self._nodes: dict[bytes, ResidentNode] = {}
         self._methods: list[AttentionMethod] = []  # that computed each level
+        self._rope_length = 0  # of the sequences that the levels are for
 
     def check(self, method: AttentionMethod) -> None:
         """Raises InputError when ``method`` cannot continue what is kept."""
@@ -38,6 +39,16 @@ class SharedLevels:
             raise InputError(
                 f"kept levels were computed with attention {keyless[0]!r}, which keeps no keys for {method.name!r} to "
                 "read; empty or truncate them first, or use shared_cache_op='wipe'"
+            )
+
+    def check_rope_length(self, rope_length: int, what: str) -> None:
+        """Raises InputError when sequences of this ``rope_length`` cannot continue what is kept."""
+        if self.levels and rope_length != self._rope_length:
+            lengths = (rope_length, self._rope_length)
+            ours, theirs = (f"RoPE of length {n}" if n else "the original RoPE" for n in lengths)
+            raise InputError(
+                f"{what} is planned with {ours}, but the kept levels are rotated by {theirs}; accepted: one for all; "
+                "give the same planned_length when they are appended and continued, or empty them first"
             )
 
     def resident(self, tree: PrefixTree) -> dict[int, ResidentNode]:
@@ -90,6 +101,7 @@ class SharedLevels:
         prompts: Sequence[Sequence[int]],
         parents: Sequence[int] | None,
         method: AttentionMethod,
+        rope_length: int,
     ) -> torch.Tensor:
         """Computes and keeps the nodes of ``tree_of_next(prompts, parents)``.
 
@@ -123,6 +135,7 @@ class SharedLevels:
             self.parents.append(self._owners(len(prompts), parents))
         self.levels.append([np.asarray(entry, dtype=np.int64) for entry in prompts])
         self._methods.append(method)
+        self._rope_length = rope_length
         return hidden[torch.from_numpy(np.argsort(tree.order)).to(hidden.device)]
 
     def truncate(self, num_levels: int) -> None:

@@ -23,6 +23,8 @@ class Segment:
     # (R,) int64: keys from k_starts on that may be read (finite values, masked out) though the row's keys end earlier;
     # lets rows of different lengths share a call. None: nothing past k_lens may be read.
     k_rooms: np.ndarray | None = None
+    # (R,) int64: the position of each row's first key in its sequence, for which sliding windows ask.
+    k_positions: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         rows = len(self.k_starts)

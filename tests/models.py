@@ -8,7 +8,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GlmConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from engine.config import ModelConfig
 from engine.distributed import TPGroup
@@ -59,6 +68,18 @@ FAMILIES = {
     "llama, rope llama3": lambda: LlamaConfig(**_SIZES, rope_parameters=_LLAMA3_ROPE),
     "llama, rope yarn": lambda: LlamaConfig(**_yarn(beta_fast=4.0, beta_slow=0.5)),
     "mistral": lambda: MistralConfig(**_SIZES, head_dim=16, sliding_window=None),
+    "mistral, window": lambda: MistralConfig(**_SIZES, head_dim=16, sliding_window=7),
+    "phi3, window": lambda: Phi3Config(**_SIZES, sliding_window=5),
+    "phi3": lambda: Phi3Config(**_SIZES),
+    "phi3, partial rotary, tied": lambda: Phi3Config(
+        **_SIZES | {"num_key_value_heads": 4}, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    ),  # fmt: skip
+    "glm": lambda: GlmConfig(**_SIZES | {"eos_token_id": []}, head_dim=16),
+    "glm, no bias, most of the head": lambda: GlmConfig(
+        **_SIZES | {"eos_token_id": []}, head_dim=20, attention_bias=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.8},
+    ),  # fmt: skip
     "qwen2, tied": lambda: Qwen2Config(**_SIZES, tie_word_embeddings=True),
     "qwen2, rope yarn": lambda: Qwen2Config(**_yarn()),
     "qwen3": lambda: Qwen3Config(**_SIZES, head_dim=16),
@@ -67,10 +88,25 @@ FAMILIES = {
     ),
 }
 
+# RoPE that goes by a sequence's length. transformers goes by that of a forward pass: each sequence is to have its own.
+BY_LENGTH = {
+    "llama, rope dynamic": lambda: LlamaConfig(
+        **_SIZES | {"max_position_embeddings": 32},
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.5},
+    ),
+    "phi3, longrope": lambda: Phi3Config(
+        **_SIZES | {"max_position_embeddings": 80}, original_max_position_embeddings=32,
+        rope_parameters={
+            "rope_type": "longrope", "rope_theta": 10000.0,
+            "short_factor": [1.0, 1.1, 1.2, 1.2, 1.4, 1.5], "long_factor": [1.0, 1.9, 2.8, 3.5, 5.5, 7.0],
+        },
+    ),
+}  # fmt: skip
+
 
 def hf_model(family: str = "llama", seed: int = 0, **changes) -> PreTrainedModel:
     """A float32 model of transformers. Its weights are large enough that every part of it shows in the logits."""
-    config = FAMILIES[family]()
+    config = (FAMILIES | BY_LENGTH)[family]()
     for name, value in changes.items():
         assert hasattr(config, name), f"{family} has no field {name}"
         setattr(config, name, value)

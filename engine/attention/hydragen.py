@@ -28,6 +28,7 @@ class Hydragen(AttentionMethod):
 
     def shared_segments(self, tree, placement, runs):
         node_lens = np.array([len(node.tokens) for node in tree.nodes], dtype=np.int64)
+        node_positions = np.array([node.start for node in tree.nodes], dtype=np.int64)
         q_offsets = runs.q_offsets
         segments = []
         for node_of_run in runs.paths:
@@ -38,8 +39,10 @@ class Hydragen(AttentionMethod):
             nodes = node_of_run[first]
             starts = np.where(nodes >= 0, placement.node_starts[nodes], 0)
             lens = np.where(nodes >= 0, node_lens[nodes], 0)
-            segments.append(Segment(np.append(q_offsets[first], q_offsets[-1]), starts, lens))
+            positions = np.where(nodes >= 0, node_positions[nodes], 0)
+            offsets = np.append(q_offsets[first], q_offsets[-1])
+            segments.append(Segment(offsets, starts, lens, k_positions=positions))
         return segments
 
     def own_segments(self, runs: Runs) -> list[Segment]:
-        return [Segment(runs.q_offsets, runs.own_starts, runs.own_lens, causal=True, k_rooms=runs.own_rooms)]
+        return [Segment(runs.q_offsets, runs.own_starts, runs.own_lens, True, runs.own_rooms, runs.positions)]

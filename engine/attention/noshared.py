@@ -43,4 +43,4 @@ class HydragenNoShared(AttentionMethod):
             runs.own_lens + runs.positions,
             runs.own_rooms + runs.positions,
         )
-        return [Segment(runs.q_offsets, starts, lens, causal=True, k_rooms=rooms)]
+        return [Segment(runs.q_offsets, starts, lens, True, rooms, np.zeros_like(starts))]

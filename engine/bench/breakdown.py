@@ -212,7 +212,7 @@ def _check(comparison: Comparison, config: ModelConfig, group: TPGroup) -> None:
     for mode in comparison.modes:
         if comparison.modes.count(mode) > 1:
             raise InputError(f"the modes hold {mode} twice; accepted: each once; leave one out")
-    longest, positions = max(comparison.shared_lens) + comparison.num_unique, config.max_position_embeddings
+    longest, positions = max(comparison.shared_lens) + comparison.num_unique, config.max_positions
     if longest > positions:
         raise InputError(
             f"{max(comparison.shared_lens)} shared and {comparison.num_unique} unique tokens make {longest}; accepted: "

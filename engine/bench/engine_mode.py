@@ -18,17 +18,17 @@ class EngineMode:
     def __init__(self, method: str, model: Transformer):
         self.method = method
         self.engine = Engine(model)
-        self._batch_size = 0
+        self._batch_size = self._length = 0
 
     def set_up(self, cell: Cell) -> None:
-        self._batch_size = cell.batch_size
+        self._batch_size, self._length = cell.batch_size, cell.num_shared + cell.num_unique
         self.engine.max_batch_size = cell.batch_size
         if tokens := cache_tokens(cell):
             self.engine.setup_caches(tokens)
 
     def prefill(self, prompt: list[int]) -> None:
         self.engine.empty_shared()
-        self.engine.append_shared([prompt], attention=self.method)
+        self.engine.append_shared([prompt], attention=self.method, planned_length=self._length)
 
     def generate(self, num_tokens: int) -> None:
         params = SamplingParams(n=self._batch_size, temperature=0, max_tokens=num_tokens, ignore_eos=True)
@@ -38,6 +38,7 @@ class EngineMode:
             params,
             attention=self.method,
             shared_cache_op="preserve",
+            planned_length=self._length,
             on_tokens=lambda num_new, num_ended: sizes.append(num_new),
         )
         if sizes[0] != self._batch_size:  # what was timed is not the cell

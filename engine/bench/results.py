@@ -5,6 +5,7 @@ comparable; whatever can be computed from those (throughput, spread, ratios) is 
 """
 
 import math
+import reprlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -229,14 +230,14 @@ def read_results(outdirs: Iterable[Path], warn: Warn = print_warning) -> list[Ce
 def _parse(text: str, path: Path) -> CellResult:
     try:
         fields = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a month 13 and brackets without end are the latter
         raise InputError(f"{path}: not YAML; {_REMEDY}") from error
     if not isinstance(fields, dict) or "schema_version" not in fields:
         raise InputError(f"{path}: not a result file of a sweep: it has no schema_version")
     version = fields.pop("schema_version")
     if version != SCHEMA_VERSION:
         raise InputError(
-            f"{path}: has schema version {version!r}, this program reads {SCHEMA_VERSION}; {_REMEDY}"
+            f"{path}: has schema version {reprlib.repr(version)}, this program reads {SCHEMA_VERSION}; {_REMEDY}"
         )
     types = _CELL_TYPES | _RESULT_TYPES
     for problem, names in (("lacks", types.keys() - fields.keys()), ("has unknown", fields.keys() - types.keys())):
@@ -244,7 +245,7 @@ def _parse(text: str, path: Path) -> CellResult:
             raise InputError(f"{path}: {problem} {', '.join(sorted(map(str, names)))}; {_REMEDY}")
     for name, kind in types.items():
         if not _is_a(fields[name], kind):
-            raise InputError(f"{path}: {name} is {fields[name]!r}; {_REMEDY}")
+            raise InputError(f"{path}: {name} is {reprlib.repr(fields[name])}; {_REMEDY}")
     fields["status"] = Status(fields["status"])
     result = CellResult(
         cell=Cell(**{name: fields.pop(name) for name in _CELL_TYPES}),
@@ -267,7 +268,7 @@ def _is_a(value: object, kind: Any) -> bool:
     if kind is Status:
         return value in list(Status)
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+        return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool) and value >= 0
     return isinstance(value, kind)

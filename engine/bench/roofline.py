@@ -15,6 +15,7 @@ from engine.attention import AttentionMethod, Runs, get_method
 from engine.bench.timing import Timer
 from engine.prefix_tree import build_from_levels
 from engine.sharding import local_kv_heads
+from kernels.window import within_window
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def decode_step_cost(
     vocab_size: int,
     world_size: int,
     bytes_per_element: int,
+    window: int | None = None,
 ) -> Cost:
     """The work of one decode step of a Llama-family model with a gated MLP, for one of ``world_size`` ranks.
 
@@ -68,12 +70,13 @@ def decode_step_cost(
     - Weights are read once a step, whatever the batch; each multiplies every row: ``2 * batch`` FLOPs a weight.
     - Keys and values: those that the method's segments name, once for all queries of a row. So ``hydragen`` reads the
       shared ones once for the whole batch, ``hydragen_noshared`` each sequence's own copy of its whole history.
+      A ``window`` (tokens) leaves the keys before it out.
     - Attention is two products per query head and key, ``4 * head_dim`` FLOPs, however the keys were read.
 
     Left out, as small beside these: activations, the cache's new rows, norms, embedding rows, and communication.
     Raises InputError for a method that is not registered.
     """
-    keys_read, keys_attended = _count_keys(get_method(method), batch, shared_len, unique_len)
+    keys_read, keys_attended = _count_keys(get_method(method), batch, shared_len, unique_len, window)
     local_heads = num_heads // world_size
     kv_heads = local_kv_heads(num_kv_heads, 0, world_size)[1]
     attention_weights = hidden_size * head_dim * (2 * local_heads + 2 * kv_heads)  # q, o and k, v
@@ -88,15 +91,19 @@ def decode_step_cost(
     )
 
 
-def _count_keys(method: AttentionMethod, batch: int, shared_len: int, unique_len: float) -> tuple[float, float]:
+def _count_keys(
+    method: AttentionMethod, batch: int, shared_len: int, unique_len: float, window: int | None
+) -> tuple[float, float]:
     """``(keys read, pairs of query and key)`` of a decode step, as the method plans it; a fraction is interpolated."""
     whole = int(unique_len)
-    fewer, more = (np.array(_planned_keys(method, batch, shared_len, length)) for length in (whole, whole + 1))
+    fewer, more = (np.array(_planned_keys(method, batch, shared_len, length, window)) for length in (whole, whole + 1))
     keys_read, keys_attended = (fewer + (unique_len - whole) * (more - fewer)).tolist()
     return keys_read, keys_attended
 
 
-def _planned_keys(method: AttentionMethod, batch: int, shared_len: int, unique_len: int) -> tuple[int, int]:
+def _planned_keys(
+    method: AttentionMethod, batch: int, shared_len: int, unique_len: int, window: int | None
+) -> tuple[int, int]:
     tree = build_from_levels([[[0] * shared_len], [[0]] * batch])
     rooms = np.full(batch, max(unique_len, 1), dtype=np.int64)
     lens = method.ranges(tree, rooms, {})
@@ -110,6 +117,9 @@ def _planned_keys(method: AttentionMethod, batch: int, shared_len: int, unique_l
         paths=np.zeros((len(tree.nodes), batch), dtype=np.int64),  # the one node, if any, is above every sequence
     )
     segments = [*method.shared_segments(tree, placement, runs), *method.own_segments(runs)]
+    if window is not None:
+        q_positions = np.full(batch, shared_len + unique_len - 1)
+        segments = [part for segment in segments for part in within_window(segment, q_positions, window)]
     keys_read = sum(int(s.k_lens.sum()) for s in segments)
     return keys_read, sum(int((np.diff(s.q_offsets) * s.k_lens).sum()) for s in segments)
 

@@ -103,7 +103,7 @@ def print_plan(sweep: Sweep, num_ranks: int, console: Console) -> None:
         parts = () if need is None else (need.weights, need.cache, need.activations, need.total)
         sizes = [f"{size / 2**30:.3f}" for size in parts] or ["-"] * 4
         state = "to be run" if cell in todo else "there already"
-        if _length(cell) > config.max_position_embeddings:
+        if _length(cell) > config.max_positions:
             state = "too long"
         table.add_row(str(cell.batch_size), str(cell.num_shared), str(cell.num_unique), *sizes, state)
     console.print(table)
@@ -130,7 +130,7 @@ def _unfinished(sweep: Sweep, config: ModelConfig, num_ranks: int, device: str |
 
 def _check_lengths(sweep: Sweep, config: ModelConfig) -> None:
     """Raises InputError when no cell can run, whatever the machine. One that is too long among others is recorded."""
-    shortest, positions = min(_length(cell) for cell in sweep.cells), config.max_position_embeddings
+    shortest, positions = min(_length(cell) for cell in sweep.cells), config.max_positions
     if shortest > positions:
         raise InputError(
             f"NUM_SHARED and NUM_UNIQUE make {shortest} tokens a sequence at least; accepted: at most {positions}, the "
@@ -234,7 +234,7 @@ class _Runner:
         return self._with_roofline(result) if cell.mode in METHODS else result
 
     def _refusal(self, cell: Cell, needed: Footprint | None) -> str | None:
-        positions = self._config.max_position_embeddings
+        positions = self._config.max_positions
         if _length(cell) > positions:
             return f"{_length(cell)} tokens a sequence; the model has {positions} positions"
         # The weights are there already.
@@ -264,10 +264,7 @@ class _Runner:
         if self._group.size == 1:
             return result
         # The other ranks may be waiting for this one: there is no going on together. The next run skips the cell.
-        try:
-            write_cell(self._sweep.outdir, result)
-        except FileNotFoundError:
-            pass  # another rank that ran out too has just put its file, of the same name, in place
+        write_cell(self._sweep.outdir, result)
         raise InputError(
             f"rank {self._group.rank} ran out of memory in {_name(result.cell)}, which is recorded; run the same "
             "command again to go on with the next cell"
@@ -335,6 +332,7 @@ class _Runner:
             vocab_size=config.vocab_size,
             world_size=group.size,
             bytes_per_element=config.dtype.itemsize,
+            window=config.sliding_window,
         )
         return replace(
             result,

@@ -2,7 +2,16 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GlmConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from engine.config import ModelConfig, RopeConfig
 from engine.errors import InputError
@@ -36,6 +45,13 @@ YARN = dict(
     mscale_all_dim=1.1,
     truncate=False,
 )
+LONGROPE = dict(
+    rope_type="longrope",
+    rope_theta=10000.0,
+    partial_rotary_factor=0.75,
+    short_factor=[1.0, 1.5, 2.5],
+    long_factor=[1.0, 4, 9.25],
+)
 CONFIGS = {
     "llama": LlamaConfig(**SIZES),
     "llama-mha": LlamaConfig(**SIZES | dict(num_key_value_heads=None)),
@@ -44,6 +60,17 @@ CONFIGS = {
     "llama-linear": LlamaConfig(**SIZES, rope_parameters=dict(rope_type="linear", rope_theta=1e6, factor=2.5)),
     "llama-bf16": LlamaConfig(**SIZES, dtype="bfloat16", bos_token_id=None, eos_token_id=None),
     "mistral": MistralConfig(**SIZES, sliding_window=None, head_dim=12),
+    "mistral-window": MistralConfig(**SIZES, sliding_window=100),
+    "llama-dynamic": LlamaConfig(**SIZES, rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.5)),
+    "phi3": Phi3Config(**SIZES | dict(vocab_size=32064), sliding_window=511),
+    "phi3-longrope": Phi3Config(
+        **SIZES, original_max_position_embeddings=128, rope_parameters=LONGROPE, eos_token_id=[3, 4], pad_token_id=None
+    ),
+    "glm": GlmConfig(**SIZES, head_dim=16, eos_token_id=[7, 8], pad_token_id=None),
+    "glm-no-bias": GlmConfig(
+        **SIZES, head_dim=12, attention_bias=False, eos_token_id=9, pad_token_id=None,
+        rope_parameters=dict(rope_type="default", rope_theta=5e4, partial_rotary_factor=1.0),
+    ),
     "qwen2": Qwen2Config(**SIZES, rope_parameters=YARN),
     "qwen3": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
     "qwen3-bias": Qwen3Config(**SIZES, attention_bias=True),
@@ -55,6 +82,8 @@ def as_transformers_4(raw: dict) -> dict:
     raw = dict(raw)
     rope = dict(raw.pop("rope_parameters"))
     raw["rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        raw["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
     kind = rope.pop("rope_type")
     raw["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
     raw["torch_dtype"] = raw.pop("dtype")
@@ -92,12 +121,17 @@ def test_reads_what_transformers_reads_in_both_spellings(name):
     assert list(ours.eos_token_ids) == (eos if isinstance(eos, list) else [] if eos is None else [eos])
     rope = dict(theirs.rope_parameters)
     assert (ours.rope.type, ours.rope.theta) == (rope.pop("rope_type"), rope.pop("rope_theta"))
-    assert rope == {name: getattr(ours.rope, name) for name in rope}
+    ours_of = {name: getattr(ours.rope, name) for name in rope}
+    assert rope == {name: list(value) if isinstance(value, tuple) else value for name, value in ours_of.items()}
+    if "window" in name or name == "phi3":
+        assert ours.sliding_window == theirs.sliding_window
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(theirs)
     assert ours.num_parameters == model.num_parameters()
     names = {name.split("layers.0.")[-1] for name, _ in model.named_parameters()}
+    assert ours.fused_qkv == ("self_attn.qkv_proj.weight" in names)
+    assert ours.fused_gate_up == ("mlp.gate_up_proj.weight" in names)
     assert ours.qkv_bias == ("self_attn.q_proj.bias" in names)
     assert ours.o_bias == ("self_attn.o_proj.bias" in names)
     assert ours.mlp_bias == ("mlp.down_proj.bias" in names)
@@ -114,18 +148,27 @@ def test_what_it_writes_transformers_loads(name, tmp_path):
     assert ModelConfig.from_hf(ours.to_hf()) == ours
 
 
-@pytest.mark.parametrize("family", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])
+@pytest.mark.parametrize("family", [LlamaConfig, MistralConfig, Phi3Config, GlmConfig, Qwen2Config, Qwen3Config])
 def test_a_field_left_out_means_what_it_means_to_transformers(family):
-    given = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
-    given |= {"num_attention_heads": 32, "hidden_size": 128, "sliding_window": None}
+    given = {name: SIZES[name] for name in ("intermediate_size", "num_hidden_layers")}
+    given |= {"vocab_size": 151552, "num_attention_heads": 32, "hidden_size": 128, "sliding_window": None}
     theirs = config_file(family(**given))
     assert ModelConfig.from_hf(given | {"model_type": family.model_type}) == ModelConfig.from_hf(theirs)
 
 
 def test_mistrals_window_is_on_when_left_out():
     given = SIZES | {"model_type": "mistral", "max_position_embeddings": 8192}
-    with pytest.raises(InputError, match="sliding_window is 4096"):
-        ModelConfig.from_hf(given)
+    assert ModelConfig.from_hf(given).sliding_window == 4096
+    assert ModelConfig.from_hf(given | {"max_position_embeddings": 4096}).sliding_window is None  # nobody feels it
+
+
+@pytest.mark.parametrize("name", ["su", "yarn", "longrope"])
+def test_phi3_has_other_names_for_longrope(name):
+    given = SIZES | {"model_type": "phi3", "original_max_position_embeddings": 128, "eos_token_id": 3}
+    scaling = {"type": name, "short_factor": [1] * 4, "long_factor": [2] * 4}
+    config = ModelConfig.from_hf(given | {"rope_scaling": scaling})
+    assert (config.rope.type, config.rope.long_factor) == ("longrope", (2.0,) * 4)
+    assert config.rope.original_max_position_embeddings == 128
 
 
 @pytest.mark.parametrize(
@@ -186,8 +229,15 @@ REFUSED = [
     ({"sliding_window": 511}, "sliding_window is 511; accepted: null, or at least max_position_embeddings"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
     ({"layer_types": "full_attention"}, "layer_types"),
-    ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'; .*yarn"),
-    ({"rope_parameters": None, "rope_scaling": {"rope_type": "longrope"}}, "rope_type is 'longrope'"),
+    ({"rope_parameters": None, "rope_scaling": {"type": "ntk", "factor": 2.0}}, "rope_type is 'ntk'; .*yarn"),
+    ({"rope_parameters": None, "rope_scaling": {"type": ["linear"], "factor": 2.0}}, "rope_type is .'linear'.; "),
+    ({"rope_parameters": None, "rope_scaling": {"rope_type": "longrope"}}, "short_factor is missing"),
+    ({"rope_parameters": LONGROPE | {"long_factor": 2}}, "long_factor is 2; .* list"),
+    ({"rope_parameters": LONGROPE | {"long_factor": [1, 2, "4"]}}, "long_factor is '4'"),
+    ({"rope_parameters": LONGROPE | {"long_factor": [0] * 3}}, "long_factor is .0.0, "),
+    ({"rope_parameters": LONGROPE | {"partial_rotary_factor": None}}, "short_factor is '3 numbers'; accepted: 4"),
+    ({"rope_parameters": {"rope_type": "dynamic", "factor": 0.5}}, "factor is 0.5; accepted: a number of at least 1"),
+    ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}, "head_dim": 2}, "head_dim is 2; .* dynamic"),
     ({"rope_parameters": [1]}, "rope_scaling"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_parameters .* and rope_scaling .* disagree"),
     ({"rope_theta": 1234.0}, "rope_scaling.rope_theta .* and rope_theta .* disagree"),
@@ -228,6 +278,11 @@ def test_a_missing_shape_is_refused(raw, name):
     ("model_type", "change", "message"),
     [
         ("mistral", {"attention_bias": True}, "attention_bias"),
+        ("mistral", {"sliding_window": 0}, "sliding_window is 0"),
+        ("phi3", {"partial_rotary_factor": 0.7, "eos_token_id": 1}, "partial_rotary_factor is 0.7; .* an even"),
+        ("phi3", {"partial_rotary_factor": 1.5, "eos_token_id": 1}, "partial_rotary_factor is 1.5"),
+        ("phi3", {"attention_bias": True, "eos_token_id": 1}, "attention_bias"),
+        ("glm", {"mlp_bias": True, "eos_token_id": 1}, "mlp_bias"),
         ("qwen2", {"mlp_bias": True}, "mlp_bias"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}, "sliding_window is 64"),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}, "sliding_window is 64"),

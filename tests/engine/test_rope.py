@@ -7,7 +7,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from engine.config import ModelConfig
-from engine.rope import cos_sin_table, inv_freq
+from engine.rope import cos_sin_table, inv_freq, rope_length
 
 LLAMA31 = {
     "rope_type": "llama3",
@@ -44,6 +44,21 @@ ROPES = {
 }
 
 
+LENGTHS = {
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+    "dynamic, factor that is no power of two": {"rope_type": "dynamic", "rope_theta": 5e6, "factor": 3.7},
+    "longrope": {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 4096},
+    "longrope, attention factor": {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 4096,
+        "attention_factor": 1.19,
+    },
+    "longrope, factor": {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 4096, "factor": 7.0
+    },
+    "longrope of one length": {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 131072},
+}  # fmt: skip
+
+
 def configs(name: str, head_dim: int = 128) -> tuple[LlamaConfig, ModelConfig]:
     theirs = LlamaConfig(
         vocab_size=320,
@@ -53,9 +68,38 @@ def configs(name: str, head_dim: int = 128) -> tuple[LlamaConfig, ModelConfig]:
         num_attention_heads=4,
         head_dim=head_dim,
         max_position_embeddings=131072,
-        rope_parameters=dict(ROPES[name]),
+        rope_parameters=dict((ROPES | LENGTHS)[name]) | _factors(name, head_dim),
     )
     return theirs, ModelConfig.from_hf(theirs.to_dict())
+
+
+def _factors(name: str, head_dim: int) -> dict[str, list[float]]:
+    if not name.startswith("longrope"):
+        return {}
+    return {"short_factor": [1 + 0.01 * i for i in range(head_dim // 2)],
+            "long_factor": [1 + 0.37 * i for i in range(head_dim // 2)]}  # fmt: skip
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("planned", [1, 4096, 4097, 131072, 131073, 200001])
+@pytest.mark.parametrize("name", LENGTHS)
+def test_frequencies_of_a_length_are_those_of_transformers_bit_for_bit(name, planned, head_dim):
+    theirs, ours = configs(name, head_dim)
+    expected, expected_scaling = ROPE_INIT_FUNCTIONS[ours.rope.type](theirs, seq_len=torch.tensor(planned))
+    actual, scaling = inv_freq(ours.rope, ours.head_dim, ours.max_position_embeddings, rope_length(ours, planned))
+    assert actual.dtype == torch.float32 and torch.equal(actual, expected)
+    assert scaling == expected_scaling
+
+
+def test_lengths_that_are_rotated_alike():
+    _, dynamic = configs("dynamic")
+    assert [rope_length(dynamic, n) for n in (1, 131072, 131073, 200000)] == [0, 0, 131073, 200000]
+    assert dynamic.max_positions == 262144
+    _, longrope = configs("longrope")
+    assert [rope_length(longrope, n) for n in (1, 4096, 4097, 131072)] == [0, 0, 4097, 4097]
+    assert longrope.max_positions == 131072
+    _, yarn = configs("yarn")
+    assert rope_length(yarn, 131072) == 0
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 128])

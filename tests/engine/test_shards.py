@@ -60,11 +60,25 @@ class TestWhatIsWritten:
         if record.rule is Rule.KV_HEADS and len(full) < head_dim * len(parts):
             parts = parts[:: len(parts) * head_dim // len(full)]  # neighbours share a head
             assert {len(part) for part in parts} == {head_dim}
+        if record.rule is Rule.FUSED:
+            pieces = self.pieces(full, len(parts), head_dim)
+            for rank, part in enumerate(parts):
+                assert torch.equal(part, torch.cat([piece[rank] for piece in pieces]))
+            return
         joined = torch.cat(parts, record.dim)
         if record.rule is Rule.VOCAB:
             assert not joined[len(full) :].any()
             joined = joined[: len(full)]
         assert torch.equal(joined, full)
+
+    def pieces(self, full: torch.Tensor, num_ranks: int, head_dim: int) -> list[list[torch.Tensor]]:
+        """Of each projection in a fused tensor what each rank holds. (Of 4 query and 2 KV heads, or gate and up.)"""
+        if len(full) != 8 * head_dim:
+            return [list(half.chunk(num_ranks)) for half in full.chunk(2)]
+        heads = full.unflatten(0, (8, head_dim))
+        q, k, v = heads[:4].flatten(0, 1), heads[4:6], heads[6:]
+        kv_rank = [rank * 2 // num_ranks for rank in range(num_ranks)] if num_ranks > 1 else [slice(None)]
+        return [list(q.chunk(num_ranks)), *[[x[r].reshape(-1, full.shape[1]) for r in kv_rank] for x in (k, v)]]
 
     def test_neighbouring_ranks_hold_the_same_kv_head(self, hf_folder, tmp_path):
         split(hf_folder, tmp_path, 4)

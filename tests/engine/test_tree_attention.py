@@ -27,10 +27,8 @@ NEAR_TIE = 1e-4
 class Checker:
     """One model in transformers and in engines of 1, 2 and 4 ranks (KV heads are replicated on 4)."""
 
-    def __init__(self):
-        self.hf = hf_model(
-            "llama, biases, head_dim", vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=24, head_dim=8
-        )
+    def __init__(self, family="llama, biases, head_dim"):
+        self.hf = hf_model(family, vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=24, head_dim=8)
         self.worlds = {size: World(size) for size in WORLD_SIZES}
         self.engines = {
             size: world.run(lambda group: our_engine(self.hf, group, prefill_chunk=16))
@@ -84,7 +82,10 @@ class Checker:
 
 @pytest.fixture(scope="module")
 def checker():
-    checker = Checker()
+    yield from checked(Checker())
+
+
+def checked(checker):
     yield checker
     differences, tokens = checker.counts["differences"], checker.counts["tokens"]
     print(f"\n{differences} of {tokens} greedy tokens differ from transformers' at a near tie")
@@ -103,6 +104,20 @@ def test_any_prompts_on_any_number_of_ranks(checker):
 
     check()
     assert met == HARD_CASES
+
+
+def test_any_prompts_under_a_sliding_window():
+    """Of 7 tokens: nodes end before it, within it and behind it."""
+
+    @given(prompt_sets(VOCAB_SIZE))
+    @settings(SETTINGS, max_examples=30)
+    def check(prompts):
+        checker.check(prompts, prompts, build_from_prompts(prompts), (1, 2))
+
+    fixture = checked(Checker("mistral, window"))
+    checker = next(fixture)
+    check()
+    next(fixture, None)
 
 
 @pytest.mark.parametrize("strategy", [level_sets, even_level_sets])
