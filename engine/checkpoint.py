@@ -1,6 +1,7 @@
 """Hugging Face-format checkpoints: found locally or on the Hub, checked against their config, read and written.
 
-A checkpoint is a folder with ``config.json`` and either ``model.safetensors`` or several files and their index.
+A checkpoint is a folder with ``config.json`` and weights: one file, or several and their index. Safetensors are read
+and written, PyTorch's older ``.bin`` files are read where there are none.
 """
 
 import glob
@@ -8,24 +9,29 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.errors import InputError
 from engine.files import partial_path, write_whole
 from engine.json_fields import read_json
-from engine.safetensors_writer import SAFETENSORS_DTYPES, SafetensorsWriter, num_bytes
+from engine.safetensors_writer import SafetensorsWriter, num_bytes
+from engine.weight_files import WeightFile, open_weights
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+BIN_WEIGHTS_FILE = "pytorch_model.bin"
+BIN_INDEX_FILE = "pytorch_model.bin.index.json"
+# Any of them makes a folder a model's.
+ALL_WEIGHTS_FILES = (WEIGHTS_FILE, INDEX_FILE, BIN_WEIGHTS_FILE, BIN_INDEX_FILE)
 # What travels with a model so that text can be encoded, here and by other libraries.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -37,6 +43,22 @@ TOKENIZER_FILES = (
 
 # Anything else cannot be a Hub id and is taken for a path.
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class _Format:
+    """Under which names a folder holds its weights: one file, which comes first, or the index of several."""
+
+    file: str
+    index: str
+    suffix: str  # of the files that the index names
+
+    def is_in(self, folder: Path) -> bool:
+        return (folder / self.file).is_file() or (folder / self.index).is_file()
+
+
+_SAFETENSORS = _Format(WEIGHTS_FILE, INDEX_FILE, ".safetensors")
+_BIN = _Format(BIN_WEIGHTS_FILE, BIN_INDEX_FILE, ".bin")
 
 
 def resolve_model(name_or_path: str | Path, revision: str | None = None, weights: bool = True) -> Path:
@@ -63,9 +85,17 @@ def resolve_model(name_or_path: str | Path, revision: str | None = None, weights
     folder = _snapshot(name, revision, [*small, WEIGHTS_FILE, INDEX_FILE] if weights else small)
     if not (folder / CONFIG_FILE).is_file():
         raise InputError(f"{name} has no {CONFIG_FILE} on the Hub; accepted: a Hugging Face-format model")
-    if weights and not (folder / WEIGHTS_FILE).is_file() and (folder / INDEX_FILE).is_file():
-        files = sorted(set(_read_index(folder).values()))
-        # The folder is named after the commit: the weights must be of the same one, whatever is pushed meanwhile.
+    return _with_weights(name, folder) if weights else folder
+
+
+def _with_weights(name: str, folder: Path) -> Path:
+    """The snapshot with what its index names, and with ``.bin`` weights where it has no safetensors."""
+    # The folder is named after the commit: the weights must be of the same one, whatever is pushed meanwhile.
+    if not _SAFETENSORS.is_in(folder):
+        folder = _snapshot(name, folder.name, [BIN_WEIGHTS_FILE, BIN_INDEX_FILE])
+    found = _find_format(folder)
+    if found is not None and not (folder / found.file).is_file():
+        files = sorted(set(_read_index(folder, found).values()))
         folder = _snapshot(name, folder.name, [glob.escape(file) for file in files])
     return folder
 
@@ -111,17 +141,21 @@ def load_config(folder: Path) -> ModelConfig:
     return config
 
 
-def _read_index(folder: Path) -> dict[str, str]:
+def _find_format(folder: Path) -> _Format | None:
+    return next((form for form in (_SAFETENSORS, _BIN) if form.is_in(folder)), None)
+
+
+def _read_index(folder: Path, form: _Format) -> dict[str, str]:
     """The file of each tensor. An index comes from strangers: it may only name files of its own folder."""
-    path = folder / INDEX_FILE
+    path = folder / form.index
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{path} has no weight_map; accepted: an object of tensor names and files; fetch it again")
     for file in weight_map.values():
         is_plain = isinstance(file, str) and Path(file).name == file and not set(file) & set("\\\0")
-        if not is_plain or not file.endswith(".safetensors"):
+        if not is_plain or not file.endswith(form.suffix):
             raise InputError(
-                f"{path} names the file {file!r}; accepted: plain names of .safetensors files beside it; "
+                f"{path} names the file {file!r}; accepted: plain names of {form.suffix} files beside it; "
                 "do not trust this model"
             )
     return weight_map
@@ -136,71 +170,58 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._open_files: dict[str, safe_open] = {}
-        if (folder / WEIGHTS_FILE).is_file():
-            self._files = dict.fromkeys(self._open(WEIGHTS_FILE).keys(), WEIGHTS_FILE)
-        elif (folder / INDEX_FILE).is_file():
-            self._files = _read_index(folder)
-            missing = sorted(file for file in set(self._files.values()) if not (folder / file).is_file())
-            if missing:
-                raise InputError(f"{folder} lacks {_listed(missing)}, which {INDEX_FILE} names; fetch the model again")
-        else:
+        self._open_files: dict[str, WeightFile] = {}
+        form = _find_format(folder)
+        if form is None:
             raise InputError(
-                f"{folder} has no safetensors weights; accepted: {WEIGHTS_FILE} or {INDEX_FILE} and its files; "
-                "convert others with transformers' save_pretrained, or use --load-format dummy"
+                f"{folder} has no weights; accepted: {WEIGHTS_FILE}, {BIN_WEIGHTS_FILE}, or {INDEX_FILE}, "
+                f"{BIN_INDEX_FILE} and the files that they name; convert others with transformers' save_pretrained, "
+                "or use --load-format dummy"
             )
+        if (folder / form.file).is_file():
+            self._files = dict.fromkeys(self._open(form.file).names(), form.file)
+            return
+        self._files = _read_index(folder, form)
+        missing = sorted(file for file in set(self._files.values()) if not (folder / file).is_file())
+        if missing:
+            raise InputError(f"{folder} lacks {_listed(missing)}, which {form.index} names; fetch the model again")
 
     def names(self) -> list[str]:
         """All tensors, sorted."""
         return sorted(self._files)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        return self._file_of(name).shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        stored = self._slice(name).get_dtype()
-        if stored not in SAFETENSORS_DTYPES:
-            raise InputError(
-                f"{self.folder / self._files[name]}: {name} is stored as {stored}; "
-                f"accepted: {', '.join(SAFETENSORS_DTYPES)}; use an unquantised model"
-            )
-        return SAFETENSORS_DTYPES[stored]
+        return self._file_of(name).dtype(name)
 
     def num_bytes(self, name: str) -> int:
-        """The size of the whole tensor as it is stored."""
+        """The size of the whole tensor."""
         return num_bytes(self.dtype(name), self.shape(name))
 
     def read(self, name: str, dim: int | None = None, start: int = 0, length: int | None = None) -> Tensor:
-        """The tensor, or its part ``start : start + length`` of ``dim``: a read-only view of the mapped file.
+        """The tensor, or its part ``start : start + length`` of ``dim``: a view of the mapped file, not to be written.
 
-        ``length`` of None goes to the end. A part of a later dimension than the first is not contiguous.
+        ``length`` of None goes to the end. It is contiguous where it was stored so and is no part of a later dimension
+        than the first.
         """
-        self.dtype(name)  # refuses the quantised
         if dim is None:
             assert start == 0 and length is None, "a part needs its dimension"
-            return self._open(self._files[name]).get_tensor(name)
-        stored = self._slice(name)
-        size = stored.get_shape()[dim]
+            return self._file_of(name).read(name)
+        size = self.shape(name)[dim]
         stop = size if length is None else start + length
         assert 0 <= start <= stop <= size, f"{name}: {start}:{stop} of dimension {dim}, which has {size}"
-        return stored[(slice(None),) * dim + (slice(start, stop),)]
+        return self._file_of(name).read(name, dim, start, stop)
 
-    def _slice(self, name: str) -> Any:
+    def _file_of(self, name: str) -> WeightFile:
         if name not in self._files:
             raise InputError(f"{self.folder} has no tensor {name}; it has {_listed(self.names())}")
-        file = self._files[name]
-        try:
-            return self._open(file).get_slice(name)
-        except SafetensorError as error:
-            raise InputError(f"{self.folder / file}: cannot read {name} ({error}); fetch the file again") from error
+        return self._open(self._files[name])
 
-    def _open(self, file: str) -> safe_open:
+    def _open(self, file: str) -> WeightFile:
         if file not in self._open_files:
-            path = self.folder / file
-            try:
-                self._open_files[file] = safe_open(path, framework="pt", device="cpu")
-            except SafetensorError as error:
-                raise InputError(f"{path} is truncated or not safetensors ({error}); fetch it again") from error
+            self._open_files[file] = open_weights(self.folder / file)
         return self._open_files[file]
 
     def __enter__(self) -> "Checkpoint":
@@ -210,7 +231,7 @@ class Checkpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for file in self._open_files.values():
-            file.__exit__(kind, error, trace)
+            file.close()
         self._open_files.clear()
 
 
@@ -227,6 +248,12 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj": (ffn, hidden, config.mlp_bias),
         "mlp.down_proj": (hidden, ffn, config.mlp_bias),
     }
+    if config.fused_qkv:
+        num_out = sum(projections.pop(f"self_attn.{part}_proj")[0] for part in "qkv")
+        projections["self_attn.qkv_proj"] = (num_out, hidden, False)
+    if config.fused_gate_up:
+        num_out = sum(projections.pop(f"mlp.{part}_proj")[0] for part in ("gate", "up"))
+        projections["mlp.gate_up_proj"] = (num_out, hidden, False)
     layer: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (hidden,)}
     if config.qk_norm:
         layer |= {"self_attn.q_norm.weight": (head_dim,), "self_attn.k_norm.weight": (head_dim,)}
@@ -344,7 +371,7 @@ def _plan_shards(config: ModelConfig, max_shard_bytes: int) -> list[dict[str, tu
 
 
 def _is_model_file(path: Path) -> bool:
-    return path.suffix == ".safetensors" or path.name in (CONFIG_FILE, INDEX_FILE)
+    return path.suffix == ".safetensors" or path.name in (CONFIG_FILE, *ALL_WEIGHTS_FILES)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

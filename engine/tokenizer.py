@@ -10,6 +10,8 @@ from tokenizers.processors import TemplateProcessing
 from engine.errors import InputError
 from engine.json_fields import read_json
 
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+
 
 class Tokenizer:
     """A thin wrapper over ``tokenizers`` that knows what ``tokenizer_config.json`` says of special tokens.
@@ -41,12 +43,7 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises nothing more specific
             raise InputError(f"{path} cannot be read ({error}); fetch it again") from error
-        config: dict[str, Any] = {}
-        # The later one decides; older models have their special tokens in the first only.
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            if (folder / name).is_file():
-                config |= read_json(folder / name)
-        return cls(backend, config)
+        return cls(backend, read_tokenizer_config(folder))
 
     @property
     def vocab_size(self) -> int:
@@ -78,3 +75,13 @@ class Tokenizer:
         tokens = [(self._backend.id_to_token(token_id), token_id) for token_id in (bos, eos) if token_id is not None]
         end = [tokens[1][0]] if eos is not None and eos in added[-1:] else []
         self._backend.post_processor = TemplateProcessing(single=[tokens[0][0], "$A", *end], special_tokens=tokens)
+
+
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """What a model's files say of its tokenizer beside ``tokenizer.json``: special tokens, a chat template."""
+    config: dict[str, Any] = {}
+    # The later one decides; older models have their special tokens in the first only.
+    for name in ("special_tokens_map.json", TOKENIZER_CONFIG_FILE):
+        if (folder / name).is_file():
+            config |= read_json(folder / name)
+    return config

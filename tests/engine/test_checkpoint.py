@@ -39,9 +39,9 @@ def save_model(folder: Path, config: ModelConfig = TINY, **changes: torch.Tensor
     return folder
 
 
-def save_index(folder: Path, weight_map: object) -> Path:
+def save_index(folder: Path, weight_map: object, name: str = "model.safetensors.index.json") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / name).write_text(json.dumps({"weight_map": weight_map}))
     return folder
 
 
@@ -128,6 +128,26 @@ class TestResolveHub:
         with pytest.raises(InputError, match="x.safetensors"):
             resolve_model("owner/name")
         assert len(hub.calls) == 1
+
+    def test_bin_files_only_where_there_are_no_safetensors(self, hub):
+        assert resolve_model("owner/name", revision="v2") == hub.folder
+        assert hub.downloaded == hub.small | {"pytorch_model.bin"}
+        assert hub.calls == [("owner/name", "v2"), ("owner/name", "c0ffee")]
+
+    def test_the_files_of_a_bin_index(self, hub):
+        del hub.files["pytorch_model.bin"]
+        index = {"weight_map": {"a": "part-1.bin", "b": "part-2.bin"}}
+        hub.files |= {"pytorch_model.bin.index.json": json.dumps(index).encode()}
+        hub.files |= {file: b"x" for file in ("part-1.bin", "part-2.bin", "part-3.bin", "training_args.bin")}
+        resolve_model("owner/name")
+        assert hub.downloaded == hub.small | {"part-1.bin", "part-2.bin", "pytorch_model.bin.index.json"}
+        assert {revision for _, revision in hub.calls[1:]} == {"c0ffee"}
+
+    def test_safetensors_win_whole_or_in_parts(self, hub):
+        hub.files |= {"model.safetensors.index.json": b'{"weight_map": {"a": "part-1.safetensors"}}'}
+        hub.files |= {"part-1.safetensors": b"x", "pytorch_model.bin.index.json": b"never read"}
+        resolve_model("owner/name")
+        assert hub.downloaded == hub.small | {"part-1.safetensors", "model.safetensors.index.json"}
 
     def test_a_model_without_a_config_is_refused(self, hub):
         del hub.files["config.json"]
@@ -243,6 +263,27 @@ class TestReading:
         with Checkpoint(tmp_path) as checkpoint:
             assert checkpoint.names() == ["a"]
 
+    def test_safetensors_come_before_bin_files(self, tmp_path):
+        torch.save({"of bin": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+        with Checkpoint(tmp_path) as checkpoint:
+            assert checkpoint.names() == ["of bin"]
+        save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
+        save_index(tmp_path, {"a": "x.safetensors"})
+        with Checkpoint(tmp_path) as checkpoint:
+            assert checkpoint.names() == ["a"]
+
+    def test_the_index_of_bin_files(self, tmp_path):
+        torch.save({"a": torch.ones(2), "not in the index": torch.ones(1)}, tmp_path / "x.bin")
+        torch.save({"b": torch.arange(6.0).view(2, 3)}, tmp_path / "y.bin")
+        save_index(tmp_path, {"a": "x.bin", "b": "y.bin"}, "pytorch_model.bin.index.json")
+        with Checkpoint(tmp_path) as checkpoint:
+            assert checkpoint.names() == ["a", "b"]
+            assert checkpoint.num_bytes("b") == 24
+            assert checkpoint.read("b", 1, 1).tolist() == [[1, 2], [4, 5]]
+        (tmp_path / "y.bin").unlink()
+        with pytest.raises(InputError, match="lacks y.bin, which pytorch_model.bin.index.json names"):
+            Checkpoint(tmp_path)
+
     def test_links_to_blobs_as_in_the_hubs_cache(self, tmp_path):
         blob = tmp_path / "blobs" / "0a1b"
         blob.parent.mkdir()
@@ -268,6 +309,15 @@ class TestRefusals:
         with pytest.raises(InputError, match="accepted: plain names of .safetensors files"):
             Checkpoint(folder)
 
+    @pytest.mark.parametrize("file", ["../x.bin", "/etc/x.bin", "a/x.bin", "x.safetensors", "x.bin.py", None])
+    def test_an_index_of_bin_files_is_trusted_no_more(self, tmp_path, file):
+        folder = save_index(tmp_path / "m", {"fine": "y.bin", "a": file}, "pytorch_model.bin.index.json")
+        for place in (tmp_path, folder):
+            torch.save({"a": torch.ones(2), "fine": torch.ones(2)}, place / "x.bin")
+            torch.save({"fine": torch.ones(2)}, place / "y.bin")
+        with pytest.raises(InputError, match="accepted: plain names of .bin files"):
+            Checkpoint(folder)
+
     @pytest.mark.parametrize("weight_map", [None, {}, [], "x"])
     def test_an_index_without_a_map(self, tmp_path, weight_map):
         with pytest.raises(InputError, match="has no weight_map"):
@@ -278,8 +328,9 @@ class TestRefusals:
             Checkpoint(save_index(tmp_path, {"a": "q.safetensors", "b": "p.safetensors"}))
 
     def test_no_weights(self, tmp_path):
-        (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-        with pytest.raises(InputError, match="has no safetensors weights"):
+        for name in ("training_args.bin", "model-00001-of-00002.safetensors", "tf_model.h5"):
+            (tmp_path / name).write_bytes(b"x")
+        with pytest.raises(InputError, match="has no weights; accepted: model.safetensors, pytorch_model.bin"):
             Checkpoint(tmp_path)
 
     @pytest.mark.parametrize("keep", [0, 4, 100, -1])
@@ -422,7 +473,9 @@ class TestWriting:
         write_checkpoint(tmp_path, TINY, tensors(TINY).items())
         assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
 
-    @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "weights.safetensors"])
+    @pytest.mark.parametrize(
+        "name", ["config.json", "model.safetensors.index.json", "weights.safetensors", "pytorch_model.bin"]
+    )
     def test_an_existing_model_is_never_overwritten(self, tmp_path, name):
         (tmp_path / name).write_text("precious")
         with pytest.raises(InputError, match=f"already holds {name}"):

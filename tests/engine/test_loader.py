@@ -303,6 +303,29 @@ class TestOptions:
             load_model(hf_folder, TPGroup(), dtype="bfloat16")
         assert torch.get_default_dtype() == torch.float32
 
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+    @pytest.mark.parametrize("where", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
+    def test_weights_that_are_not_finite_are_named(self, tmp_path, where, value):
+        hf = hf_model()
+        hf.get_parameter(where).data.view(-1)[-1] = value
+        hf.save_pretrained(tmp_path)
+        with pytest.raises(InputError, match=f"{where} holds NaN or infinity in bfloat16; accepted: finite weights"):
+            load_model(tmp_path, TPGroup(), dtype="bfloat16")
+
+    def test_weights_that_another_dtype_does_not_hold(self, tmp_path):
+        hf = hf_model()
+        hf.get_parameter("model.embed_tokens.weight").data[3, 4] = 1e5
+        hf.save_pretrained(tmp_path)
+        load_model(tmp_path, TPGroup())
+        with pytest.raises(InputError, match="embed_tokens.weight holds NaN or infinity in float16; .* ends at 65504"):
+            load_model(tmp_path, TPGroup(), dtype="float16")
+
+    def test_a_sum_that_overflows_is_no_fault(self, tmp_path):
+        hf = hf_model()
+        hf.get_parameter("model.embed_tokens.weight").data.fill_(6e4)
+        hf.save_pretrained(tmp_path)
+        load_model(tmp_path, TPGroup(), dtype="float16")
+
     def test_weights_that_the_host_has_no_room_for(self, monkeypatch):
         """Nothing is read: a host that lends out more memory than it has would end the process."""
         monkeypatch.setattr(engine.loader, "_fill", None)
