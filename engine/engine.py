@@ -21,12 +21,16 @@ from engine.prefix_tree import PrefixTree, build_from_levels, build_from_prompts
 from engine.rope import rope_length
 from engine.sampling import SamplingParams, prompt_hash, row_key
 from engine.shared_levels import SharedLevels, even_parents
+from engine.stopping import StopChecker
+from engine.tokenizer import Tokenizer
 from engine.waves import restrict, waves
 
 SHARED_CACHE_OPS = ("wipe", "preserve", "extend")
 
 # Called after every step with (new tokens, sequences that ended).
 OnTokens = Callable[[int, int], None]
+# Called for every sequence as soon as it ends; the request holds its prompt's number and its own among the samples.
+OnEnded = Callable[[Request, Generated], None]
 
 
 @dataclass(frozen=True)
@@ -94,15 +98,23 @@ class Engine:
     """Generation with one loaded model. SPMD: every rank makes the same calls and gets the same results.
 
     The arena is sized by the work, up to the memory that is there; ``setup_caches`` sizes it ahead instead. More work
-    than fits, or than ``max_batch_size`` sequences, runs in waves.
+    than fits, or than ``max_batch_size`` sequences, runs in waves. The tokenizer serves stop strings alone.
     """
 
-    def __init__(self, model: Transformer, *, eos_token_ids: Sequence[int] = (), max_batch_size: int = 1024):
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        eos_token_ids: Sequence[int] = (),
+        max_batch_size: int = 1024,
+        tokenizer: Tokenizer | None = None,
+    ):
         if max_batch_size < 1:
             raise InputError(f"max_batch_size is {max_batch_size}; accepted: 1 sequence or more; raise it")
         self.model = model
         self.eos_token_ids = frozenset(eos_token_ids)
         self.max_batch_size = max_batch_size
+        self.tokenizer = tokenizer
         self.arena = Arena(model)
         self._shared = SharedLevels(model, self.arena)
 
@@ -172,6 +184,7 @@ class Engine:
         return_logits: bool = False,
         planned_length: int | None = None,
         on_tokens: OnTokens | None = None,
+        on_ended: OnEnded | None = None,
     ) -> list[list[Generated]]:
         """For each prompt, in the caller's order, its ``params.n`` samples.
 
@@ -192,6 +205,7 @@ class Engine:
             planned_length: where RoPE goes by a sequence's length (dynamic, longrope), the length to take instead of
                 each prompt's with its ``max_tokens``. A sequence is rotated by it from its first token to its last.
             on_tokens: called after every step with (new tokens, sequences that ended).
+            on_ended: called for every sequence as soon as it ends with (its request, what it generated).
 
         Raises InputError for prompts or options that cannot be used, and for a prompt that alone has no room.
         """
@@ -225,7 +239,9 @@ class Engine:
             if shared_cache_op == "wipe":
                 self.empty_shared()  # now that nothing is wrong with the call
             lengths = [length for length, count in zip(lengths, counts, strict=True) for _ in range(count)]
-            results = self._run_alike(tree, requests, lengths, method, starting_logits, return_logits, on_tokens)
+            results = self._run_alike(
+                tree, requests, lengths, method, starting_logits, return_logits, on_tokens, on_ended
+            )
         except BaseException:
             self.truncate_shared(min(num_kept, self.num_shared_levels))  # a call that fails extends nothing
             raise
@@ -296,7 +312,9 @@ class Engine:
             self._check_ids(np.array(p.stop_token_ids, dtype=np.int64), "stop_token_ids")
             stop_ids = frozenset(p.stop_token_ids) | (frozenset() if p.ignore_eos else self.eos_token_ids)
             keys = [row_key(p.seed, digest, occurrences[digest], sample) for sample in range(p.n)]
-            requests += [Request(number, p, stop_ids, key, forced) for key in keys]
+            for sample, key in enumerate(keys):
+                stop_text = StopChecker(self.tokenizer, p.stop) if p.stop and self.tokenizer is not None else None
+                requests.append(Request(number, p, stop_ids, key, forced, sample, stop_text))
             occurrences[digest] += 1
         return requests
 
@@ -371,6 +389,7 @@ class Engine:
         starting_logits: torch.Tensor | None,
         return_logits: bool,
         on_tokens: OnTokens | None,
+        on_ended: OnEnded | None,
     ) -> list[Generated]:
         """All sequences of the tree, those that RoPE rotates alike together: they alone can share keys. Most often
         these are all. ``requests``, ``lengths`` (the planned ones) and the results are in the caller's order."""
@@ -387,6 +406,7 @@ class Engine:
                 None if starting_logits is None else starting_logits[members],
                 return_logits,
                 on_tokens,
+                on_ended,
             )
             for number, result in zip(members, generated, strict=True):
                 results[number] = result
@@ -400,6 +420,7 @@ class Engine:
         starting_logits: torch.Tensor | None,
         return_logits: bool,
         on_tokens: OnTokens | None,
+        on_ended: OnEnded | None,
     ) -> list[Generated]:
         """All sequences of the tree, wave by wave. ``requests`` and the results are in the caller's order."""
         self.arena.begin_call()
@@ -437,6 +458,7 @@ class Engine:
                         [requests[c] for c in callers],
                         return_logits=return_logits,
                         on_tokens=on_tokens,
+                        on_ended=on_ended,
                     )
                     if method.own_node_ranges:
                         new_nodes = executor.new_nodes()

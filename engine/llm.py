@@ -1,18 +1,24 @@
 """The public API: load a model, give it prompts, get text and tokens."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from engine.attention import get_method
-from engine.decoding import Generated
+from engine.chat import ChatTemplate, Message
+from engine.decoding import Generated, Request
 from engine.distributed import TPGroup, init_group
 from engine.engine import Engine, Levels, OnTokens
 from engine.errors import InputError
 from engine.loader import load_model
 from engine.sampling import SamplingParams
+from engine.stopping import cut_at_stop
 from engine.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -26,9 +32,11 @@ class CompletionOutput:
     """One sample."""
 
     index: int  # which of the prompt's ``n`` samples
-    text: str | None  # without special tokens; None when the model has no tokenizer
-    token_ids: tuple[int, ...]  # a stop token included
+    text: str | None  # without special tokens, up to a stop string; None when the model has no tokenizer
+    token_ids: tuple[int, ...]  # all that were generated, up to a stop token or the one that completed a stop string
     logprobs: tuple[float, ...] | None  # of each token, natural log; None unless asked for
+    # For each token the log-probabilities by id of the likeliest ones, best first, and its own; None unless asked for.
+    top_logprobs: tuple[dict[int, float], ...] | None
     finish_reason: str  # "stop" or "length"
     logits: torch.Tensor | None = None  # (tokens, V) float32; None unless asked for
 
@@ -40,6 +48,10 @@ class RequestOutput:
     prompt: str | None  # the whole text, all ``PromptLevels`` joined; None when it was given as token ids
     prompt_token_ids: Sequence[int]  # likewise; kept levels above it are in neither
     outputs: tuple[CompletionOutput, ...]
+
+
+# Called with a prompt's number, in the caller's order, and its output.
+OnOutput = Callable[[int, RequestOutput], None]
 
 
 @dataclass(frozen=True)
@@ -101,7 +113,12 @@ class LLM:
             self._folder = loaded.folder
             has_tokenizer = self._folder is not None and (self._folder / "tokenizer.json").is_file()
             self._tokenizer = Tokenizer.from_folder(self._folder) if has_tokenizer else None
-            self.engine = Engine(loaded.model, eos_token_ids=self.config.eos_token_ids, max_batch_size=max_batch_size)
+            self.engine = Engine(
+                loaded.model,
+                eos_token_ids=self.config.eos_token_ids,
+                max_batch_size=max_batch_size,
+                tokenizer=self._tokenizer,
+            )
             if cache_tokens is not None:
                 self.engine.setup_caches(cache_tokens)
         except BaseException:
@@ -135,12 +152,15 @@ class LLM:
         starting_logits: torch.Tensor | None = None,
         forced_tokens: Sequence[Sequence[int]] | None = None,
         return_logits: bool = False,
+        planned_length: int | None = None,
         on_tokens: OnTokens | None = None,
+        on_output: OnOutput | None = None,
     ) -> list[RequestOutput]:
         """For each prompt, in the caller's order, ``params.n`` samples.
 
         Shared prefixes of ``min_shared`` tokens (``MIN_SHARED_TOKENS`` if not given) or more are found by themselves;
-        or they are laid out by hand with ``PromptLevels``. The other arguments are those of ``Engine.generate``.
+        or they are laid out by hand with ``PromptLevels``. ``on_output`` is called with (the prompt's number, its
+        output) as soon as the last of its samples ends. The other arguments are those of ``Engine.generate``.
         """
         laid_out = isinstance(prompts, PromptLevels)
         levels = prompts.levels if laid_out else [prompts]
@@ -150,7 +170,8 @@ class LLM:
         encoded = [self._encode(level, special=top and number == 0) for number, level in enumerate(levels)]
         if min_shared is None and top and not laid_out and shared_cache_op != "extend":
             min_shared = MIN_SHARED_TOKENS
-        generated = self.engine.generate(
+        outputs = _Outputs(levels, encoded, prompts.parents if laid_out else None, self._tokenizer, on_output)
+        self.engine.generate(
             Levels(encoded, prompts.parents) if laid_out else encoded[0],
             params if params is not None else SamplingParams(),
             attention=attention or self.attention,
@@ -161,27 +182,57 @@ class LLM:
             starting_logits=starting_logits,
             forced_tokens=forced_tokens,
             return_logits=return_logits,
+            planned_length=planned_length,
             on_tokens=on_tokens,
+            on_ended=outputs.add,
         )
-        owners = Levels(levels, prompts.parents if laid_out else None).all_parents()
-        texts = _whole_texts(levels, owners)
-        whole_ids = _whole_ids(encoded, owners)
-        return [
-            RequestOutput(
-                prompt=text,
-                prompt_token_ids=ids,
-                outputs=tuple(self._output(index, sample) for index, sample in enumerate(samples)),
-            )
-            for text, ids, samples in zip(texts, whole_ids, generated, strict=True)
-        ]
+        return outputs.in_order()
+
+    def chat(
+        self,
+        conversations: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        on_output: OnOutput | None = None,
+        **options: Any,
+    ) -> list[RequestOutput]:
+        """``generate`` for a conversation, or each of a list of them, laid out by the model's chat template.
+
+        A conversation is a list of messages, ``{"role": "user", "content": "text"}``. Each output's prompt is the text
+        that the template made, which by default ends where the answer begins. ``options`` are those of ``generate``.
+        Raises InputError when the model has no template, or one that does not take the messages.
+        """
+        now = self.group.broadcast(datetime.now())  # templates may state it, and ranks must agree on every token
+        if self._folder is None:
+            raise InputError("random weights of a preset have no chat template; give prompts as lists of token ids")
+        template = ChatTemplate.from_folder(self._folder)
+        texts = template.render_all(conversations, now, add_generation_prompt=add_generation_prompt)
+
+        def with_text(number: int, output: RequestOutput) -> RequestOutput:
+            return replace(output, prompt=texts[number])
+
+        def on_ids(number: int, output: RequestOutput) -> None:
+            on_output(number, with_text(number, output))
+
+        token_ids = [self._encode_text(text, special=False) for text in texts]
+        options["on_output"] = None if on_output is None else on_ids
+        return [with_text(*numbered) for numbered in enumerate(self.generate(token_ids, params, **options))]
 
     def append_shared(
-        self, prompts: Sequence[Prompt], parents: Sequence[int] | None = None, *, attention: str | None = None
+        self,
+        prompts: Sequence[Prompt],
+        parents: Sequence[int] | None = None,
+        *,
+        attention: str | None = None,
+        planned_length: int | None = None,
     ) -> torch.Tensor:
         """Computes one more shared level and keeps it, see ``Engine.append_shared``. Text gets special tokens, such as
         BOS, at the first level only. ``llm.engine`` truncates and empties what is kept, and sets caches up ahead."""
         encoded = self._encode(prompts, special=self.engine.num_shared_levels == 0)
-        return self.engine.append_shared(encoded, parents, attention=attention or self.attention)
+        return self.engine.append_shared(
+            encoded, parents, attention=attention or self.attention, planned_length=planned_length
+        )
 
     def close(self) -> None:
         """Leaves the group. Call it once, last, when this class joined the ranks."""
@@ -199,14 +250,57 @@ class LLM:
             raise InputError(f"a prompt is not Unicode text ({error.reason}); accepted: UTF-8; convert it") from None
         return self.tokenizer.encode(text, add_special_tokens=special)
 
-    def _output(self, index: int, sample: Generated) -> CompletionOutput:
+
+class _Outputs:
+    """The outputs of one call, put together as its sequences end."""
+
+    def __init__(
+        self,
+        levels: Sequence[Sequence[Prompt]],
+        encoded: Sequence[Sequence[Sequence[int]]],
+        parents: Sequence[Sequence[int]] | None,
+        tokenizer: Tokenizer | None,
+        on_output: OnOutput | None,
+    ):
+        self._levels, self._encoded, self._parents = levels, encoded, parents
+        self._tokenizer, self._on_output = tokenizer, on_output
+        self._samples: dict[int, dict[int, CompletionOutput]] = defaultdict(dict)
+        self._finished: dict[int, RequestOutput] = {}
+
+    def add(self, request: Request, generated: Generated) -> None:
+        """One sequence has ended."""
+        number, samples = request.prompt, self._samples[request.prompt]
+        samples[request.sample] = self._sample(request, generated)
+        if len(samples) < request.params.n:
+            return
+        text, ids = (whole[number] for whole in self._prompts)
+        output = RequestOutput(text, ids, tuple(samples[index] for index in range(request.params.n)))
+        self._finished[number] = output
+        del self._samples[number]
+        if self._on_output is not None:
+            self._on_output(number, output)
+
+    def in_order(self) -> list[RequestOutput]:
+        return [output for _, output in sorted(self._finished.items())]
+
+    @cached_property
+    def _prompts(self) -> tuple[list[str | None], list[Sequence[int]]]:
+        """Their texts and their ids. Not before the first sequence has ended: by then the levels are known to fit."""
+        owners = Levels(self._levels, self._parents).all_parents()
+        return _whole_texts(self._levels, owners), _whole_ids(self._encoded, owners)
+
+    def _sample(self, request: Request, generated: Generated) -> CompletionOutput:
+        text = None if self._tokenizer is None else self._tokenizer.decode(generated.token_ids)
+        if text is not None:
+            text = cut_at_stop(text, request.params.stop, request.params.include_stop_str_in_output)
         return CompletionOutput(
-            index=index,
-            text=self.tokenizer.decode(sample.token_ids) if self.has_tokenizer else None,
-            token_ids=tuple(sample.token_ids),
-            logprobs=None if sample.logprobs is None else tuple(sample.logprobs),
-            finish_reason=sample.finish_reason,
-            logits=None if sample.logits is None else torch.stack(sample.logits),
+            index=request.sample,
+            text=text,
+            token_ids=tuple(generated.token_ids),
+            logprobs=None if generated.logprobs is None else tuple(generated.logprobs),
+            top_logprobs=None if generated.top_logprobs is None else tuple(generated.top_logprobs),
+            finish_reason=generated.finish_reason,
+            logits=None if generated.logits is None else torch.stack(generated.logits),
         )
 
 

@@ -13,7 +13,7 @@ from engine.distributed import init_group
 from engine.errors import InputError
 from engine.files import write_whole
 from engine.progress import generation_progress
-from engine.prompts import parse_levels, read_prompts
+from engine.prompts import parse_conversations, parse_levels, read_conversations, read_prompts
 
 app = make_app()
 
@@ -28,8 +28,15 @@ def generate(
     prompt_file: Annotated[
         Path | None,
         typer.Option(
-            help="One prompt a line, or JSON lines (.jsonl); blank lines are skipped. Shared prefixes are found."
+            help="One prompt a line, or JSON lines (.jsonl); blank lines are skipped. Shared prefixes are found. With "
+            '--chat a JSON line may be {"messages": [...]}.'
         ),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Each prompt is a user's message, laid out by the model's chat template.")
+    ] = False,
+    system: Annotated[
+        str | None, typer.Option(help="With --chat: a system message that every conversation begins with.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Where the completions go, if not to the terminal.")] = None,
     jsonl: Annotated[bool, typer.Option("--jsonl", help="JSON lines rather than text.")] = False,
@@ -41,8 +48,18 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this much probability.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 (or -1) for all.")] = 0,
+    min_p: Annotated[
+        float, typer.Option(help="Drop tokens less probable than this times the likeliest one; 0 for none.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Same seed, same completions, on any number of ranks.")] = 0,
     stop_token_id: Annotated[list[int] | None, typer.Option(help="A token that ends a completion; repeatable.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A text that ends a completion, and is left out of it; repeatable.")
+    ] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(help="With --jsonl: log-probabilities of each token, and of this many of the likeliest, 0 to 20."),
+    ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")] = False,
     attention: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")] = "hydragen",
     disable_hierarchy: Annotated[bool, typer.Option("--disable-hierarchy", help="Share the first level only.")] = False,
@@ -67,10 +84,15 @@ def generate(
       python scripts/run.py path/to/model --prompts "Harry Potter is" --num-samples 4 --max-tokens 32
       python scripts/run.py path/to/model --prompts "A story. " --prompts "Once |Never " --prompts "I|you|he|she"
       python scripts/run.py path/to/model --prompt-file questions.txt --jsonl --output answers.jsonl --temperature 0
+      python scripts/run.py path/to/model --chat --system "Be brief." --prompts "Who was Ada Lovelace?|What is 6 x 7?"
       torchrun --standalone --nproc_per_node=2 scripts/run.py path/to/model --tp-dir shards --prompt-file questions.txt
     """
     if (prompts is None) == (prompt_file is None):
         raise InputError("give prompts in one way: either --prompts, once for each level, or --prompt-file")
+    if system is not None and not chat:
+        raise InputError("--system gives a system message, which only a conversation has; add --chat, or leave it out")
+    if logprobs is not None and not jsonl:
+        raise InputError(f"--logprobs {logprobs} has no place in text; add --jsonl, or leave it out")
     if output is not None:
         _check_output(output)
     params = SamplingParams(
@@ -78,12 +100,18 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
+        min_p=min_p,
         max_tokens=max_tokens,
         seed=seed,
         stop_token_ids=tuple(stop_token_id or ()),
+        stop=tuple(stop or ()),
+        logprobs=logprobs,
         ignore_eos=ignore_eos,
     )
-    given = read_prompts(prompt_file) if prompt_file is not None else parse_levels(prompts)
+    if chat:
+        given = read_conversations(prompt_file, system) if prompts is None else parse_conversations(prompts, system)
+    else:
+        given = read_prompts(prompt_file) if prompts is None else parse_levels(prompts)
     group = init_group(device, timeout_s=timeout)
     try:
         llm = LLM(
@@ -99,7 +127,8 @@ def generate(
         )
         num_prompts = len(given.levels[-1] if isinstance(given, PromptLevels) else given)
         with generation_progress(num_prompts * n, make_console(stderr=True, quiet=group.rank != 0)) as on_tokens:
-            results = llm.generate(given, params, disable_hierarchy=disable_hierarchy, on_tokens=on_tokens)
+            generate = llm.chat if chat else llm.generate
+            results = generate(given, params, disable_hierarchy=disable_hierarchy, on_tokens=on_tokens)
         text = "".join(map(_as_json if jsonl else _as_text, results))
         group.on_rank_0(lambda: print(text, end="") if output is None else write_whole(output, text.encode()))
     finally:
@@ -113,9 +142,11 @@ def _check_output(path: Path) -> None:
 
 
 def _as_json(result: RequestOutput) -> str:
-    outputs = [
-        {"text": o.text, "token_ids": list(o.token_ids), "finish_reason": o.finish_reason} for o in result.outputs
-    ]
+    outputs = []
+    for o in result.outputs:
+        record = {"text": o.text, "token_ids": o.token_ids, "finish_reason": o.finish_reason}
+        asked_for = {"logprobs": o.logprobs, "top_logprobs": o.top_logprobs}
+        outputs.append(record | {name: value for name, value in asked_for.items() if value is not None})
     prompt = result.prompt if result.prompt is not None else list(result.prompt_token_ids)
     return json.dumps({"prompt": prompt, "outputs": outputs}, ensure_ascii=False) + "\n"
 

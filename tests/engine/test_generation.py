@@ -33,6 +33,8 @@ REQUESTS = [
     (ids(1, 5), SamplingParams(n=5, max_tokens=1, seed=9)),
     (ids(8, 6), SamplingParams(n=4, temperature=2.0, max_tokens=12, ignore_eos=True, stop_token_ids=(2, 5, 8, 30))),
     (ROOT[:10] + ids(3, 7), SamplingParams(temperature=0, max_tokens=5, logprobs=0, ignore_eos=True)),
+    (ROOT + ids(4, 1) + ids(2, 8), SamplingParams(n=3, min_p=0.1, max_tokens=7, logprobs=4, seed=5)),
+    (ids(5, 9), SamplingParams(n=2, min_p=0.05, top_p=0.9, temperature=1.4, max_tokens=6, logprobs=20)),
 ]
 PROMPTS = [prompt for prompt, _ in REQUESTS]
 PARAMS = [params for _, params in REQUESTS]
@@ -58,7 +60,7 @@ def plain(hf):
         for k in range(p.n):
             key = row_key(p.seed, prompt_hash(prompt), occurrence, k)
             state = SimpleNamespace(number=number, prompt=prompt, params=p, stop_ids=stop_ids, key=key)
-            state.token_ids, state.logprobs, state.finish_reason = [], [], None
+            state.token_ids, state.logprobs, state.top_logprobs, state.finish_reason = [], [], [], None
             samples.append(state)
     while active := [s for s in samples if s.finish_reason is None]:
         for s, whole in zip(active, reference(hf, [s.prompt + s.token_ids for s in active]), strict=True):
@@ -66,7 +68,10 @@ def plain(hf):
             u = uniforms(torch.tensor([s.key]), torch.tensor([len(s.token_ids)]))
             token = int(sample(logits, RowParams.of([s.params]), u, 0, TPGroup()))
             s.token_ids.append(token)
-            s.logprobs.append(float(logits.double().log_softmax(-1)[0, token]))
+            logprobs = logits.double().log_softmax(-1)[0]
+            s.logprobs.append(float(logprobs[token]))
+            likeliest = logprobs.sort(descending=True).indices[: s.params.logprobs or 0].tolist()
+            s.top_logprobs.append({i: float(logprobs[i]) for i in dict.fromkeys([*likeliest, token])})
             if token in s.stop_ids:
                 s.finish_reason = "stop"
             elif len(s.token_ids) == s.params.max_tokens:
@@ -79,6 +84,20 @@ def outcomes(results):
     return [[(tuple(r.token_ids), r.finish_reason) for r in samples] for samples in results]
 
 
+def assert_same_logprobs(mine, theirs, p: SamplingParams):
+    """The samples ``mine`` have those log-probabilities of the plain loop's ``theirs`` that ``p`` asks for."""
+    if p.logprobs is None:
+        assert mine.logprobs is None
+    else:
+        assert mine.logprobs == pytest.approx(theirs.logprobs, abs=2e-5)
+    if not p.logprobs:
+        assert mine.top_logprobs is None
+        return
+    for found, expected, token in zip(mine.top_logprobs, theirs.top_logprobs, mine.token_ids, strict=True):
+        assert list(found) == list(expected) and token in found
+        assert found == pytest.approx(expected, abs=2e-5)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_generation_is_that_of_a_plain_loop(engine, plain, method):
     results = engine.generate(PROMPTS, PARAMS, attention=method)
@@ -86,10 +105,7 @@ def test_generation_is_that_of_a_plain_loop(engine, plain, method):
     for samples, expected, p in zip(results, plain, PARAMS, strict=True):
         for mine, theirs in zip(samples, expected, strict=True):
             assert mine.logits is None
-            if p.logprobs is None:
-                assert mine.logprobs is None
-            else:
-                assert mine.logprobs == pytest.approx(theirs.logprobs, abs=2e-5)
+            assert_same_logprobs(mine, theirs, p)
     assert engine.arena.num_used == 0
 
 
@@ -107,7 +123,9 @@ def test_draws_do_not_depend_on_the_number_of_ranks(hf, plain, size):
 
     for results in World(size).run(work):
         assert outcomes(results) == outcomes(plain)
-        assert results[1][0].logprobs == pytest.approx(plain[1][0].logprobs, abs=2e-5)
+        for samples, expected, p in zip(results, plain, PARAMS, strict=True):
+            for mine, theirs in zip(samples, expected, strict=True):
+                assert_same_logprobs(mine, theirs, p)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -115,13 +133,13 @@ def test_draws_do_not_depend_on_the_number_of_ranks(hf, plain, size):
 def test_draws_do_not_depend_on_order_or_waves(engine, plain, method, max_batch_size):
     engine.max_batch_size = max_batch_size
     # Equal prompts are interchangeable: the first one that is given draws as the first.
-    for order in ([8, 7, 6, 5, 3, 2, 1, 4, 0], [5, 1, 8, 0, 4, 7, 2, 6, 3]):
+    for order in ([10, 8, 7, 9, 6, 5, 3, 2, 1, 4, 0], [5, 1, 8, 0, 9, 4, 7, 2, 10, 6, 3]):
         results = engine.generate([PROMPTS[i] for i in order], [PARAMS[i] for i in order], attention=method)
         assert outcomes(results) == [outcomes(plain)[i] for i in order]
 
 
 def test_draws_do_not_depend_on_the_company(engine, plain):
-    for i in (0, 1, 2, 3, 5, 6, 7, 8):
+    for i in (0, 1, 2, 3, 5, 6, 7, 8, 9, 10):
         assert outcomes(engine.generate([PROMPTS[i]], PARAMS[i])) == outcomes(plain)[i : i + 1]
     few = replace(PARAMS[7], n=2)
     assert outcomes(engine.generate([PROMPTS[7]], few))[0] == outcomes(plain)[7][:2]
@@ -225,6 +243,14 @@ def test_noattention_on_ranks_gives_what_one_rank_gives(hf):
 # --- mistakes ---
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4)
+
+
+def test_stop_strings_need_a_tokenizer(engine):
+    with pytest.raises(InputError) as error:
+        engine.generate([[1]], replace(GREEDY, stop="\n"))
+    assert str(error.value).startswith("stop: got ('\\n',), but there is no tokenizer to tell the text; accepted: () ")
+    assert "\n" not in str(error.value)
+    assert engine.arena.num_used == 0
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,18 @@ class TestSamples:
         assert sample.logits.shape == (4, llm.config.vocab_size) and sample.logits.dtype == torch.float32
         expected = sample.logits.log_softmax(-1)[range(4), list(sample.token_ids)]
         assert sample.logprobs == pytest.approx(expected.tolist(), abs=1e-5)
+        assert sample.top_logprobs is None
+
+    def test_logprobs_of_the_likeliest(self, llm):
+        params = SamplingParams(temperature=2.0, max_tokens=4, logprobs=3, ignore_eos=True)
+        (sample,) = llm.generate(TEXTS[:1], params, return_logits=True)[0].outputs
+        for logits, token, logprob, top in zip(
+            sample.logits, sample.token_ids, sample.logprobs, sample.top_logprobs, strict=True
+        ):
+            expected = logits.log_softmax(-1)
+            assert list(top) == list(dict.fromkeys([*expected.topk(3).indices.tolist(), token]))
+            assert list(top.values()) == pytest.approx(expected[list(top)].tolist(), abs=1e-5)
+            assert top[token] == logprob
 
     def test_starting_logits(self, llm):
         logits = torch.zeros(3, llm.config.vocab_size)
@@ -183,7 +195,11 @@ class TestKeptLevels:
 class TestRanks:
     @pytest.mark.parametrize("size", [2, 4])
     def test_same_results_with_and_without_shards(self, llm, folder, tmp_path, size):
-        params = [SamplingParams(n=2, max_tokens=5, logprobs=0), GREEDY, SamplingParams(top_k=9, max_tokens=5)]
+        params = [
+            SamplingParams(n=2, max_tokens=5, logprobs=3),
+            GREEDY,
+            SamplingParams(top_k=9, min_p=0.1, max_tokens=5),
+        ]
         write_shards(folder, tmp_path / "shards", size, model_name=str(folder))
 
         def generate(group, tp_dir):
@@ -213,14 +229,17 @@ def assert_same(output: RequestOutput, other: RequestOutput, bits: bool) -> None
     """Equal in everything; numbers bit for bit, or nearly so."""
     assert (output.prompt, list(output.prompt_token_ids)) == (other.prompt, list(other.prompt_token_ids))
     for sample, same in zip(output.outputs, other.outputs, strict=True):
-        numbers = {"logits", "logprobs"}
+        numbers = {"logits", "logprobs", "top_logprobs"}
         for name in {field.name for field in fields(sample)} - numbers:
             assert getattr(sample, name) == getattr(same, name), name
         if bits:
             assert torch.equal(sample.logits, same.logits) and sample.logprobs == same.logprobs
+            assert sample.top_logprobs == same.top_logprobs
         else:
             assert (sample.logits - same.logits).abs().max() <= 1e-5 * same.logits.abs().max()
             assert sample.logprobs == (same.logprobs and pytest.approx(same.logprobs, abs=1e-5))
+            for top, expected in zip(sample.top_logprobs or (), same.top_logprobs or (), strict=True):
+                assert top == pytest.approx(expected, abs=1e-5)
 
 
 class TestMistakes:

@@ -8,7 +8,7 @@ import torch
 
 from engine import sampling
 from engine.errors import InputError
-from engine.sampling import RowParams, SamplingParams, greedy, logprob_of, prompt_hash, row_key, sample, uniforms
+from engine.sampling import RowParams, SamplingParams, greedy, logprobs, prompt_hash, row_key, sample, uniforms
 from engine.sharding import split_vocab
 
 WORLD_SIZES = [1, 2, 3, 4]
@@ -66,14 +66,17 @@ def reference_order_and_probabilities(logits, p):
     if p.temperature == 0:
         return np.array([x.argmax()]), np.ones(1)
     probabilities = np.exp((x - x.max()) / p.temperature)
+    passes_min_p = probabilities >= p.min_p * (1 - 1e-6)  # of the likeliest, which is 1 here; equal to it is enough
     probabilities /= probabilities.sum()
     if p.top_k == 0 and p.top_p == 1:
-        return np.arange(len(x)), probabilities
+        kept = np.where(passes_min_p, probabilities, 0)
+        return np.arange(len(x)), kept / kept.sum()
     ids = np.lexsort((np.arange(len(x)), -x))[: p.top_k or None]
     kept = probabilities[ids] / probabilities[ids].sum()
     if p.top_p < 1:
         count = 1 + int((np.cumsum(kept) < p.top_p - 1e-9).sum())  # equal to top_p is enough
         ids, kept = ids[:count], kept[:count]
+    kept = np.where(passes_min_p[ids], kept, 0)
     return ids, kept / kept.sum()
 
 
@@ -85,6 +88,7 @@ def assert_draws_match_reference(tokens, logits, params, u):
         (place,) = np.nonzero(ids == int(tokens[row]))
         assert len(place) == 1, f"row {row}: token {tokens[row]} has probability 0 ({p})"
         place = place[0]
+        assert probabilities[place] > 0, f"row {row}: token {tokens[row]} has probability 0 ({p})"
         assert upper[place] - probabilities[place] - 1e-5 <= float(u[row]) <= upper[place] + 1e-5, f"row {row} ({p})"
 
 
@@ -100,6 +104,13 @@ KINDS = [
     SamplingParams(top_p=0.5),
     SamplingParams(top_p=0.999, temperature=3.0),
     SamplingParams(top_p=1e-6),
+    SamplingParams(min_p=0.1),
+    SamplingParams(min_p=0.02, temperature=2.0),
+    SamplingParams(min_p=1.0),
+    SamplingParams(min_p=0.2, top_k=7),
+    SamplingParams(min_p=0.05, top_p=0.9),
+    SamplingParams(min_p=0.01, top_p=0.95, top_k=40, temperature=1.5),
+    SamplingParams(min_p=0.5, temperature=0),
 ]
 
 
@@ -116,11 +127,14 @@ def test_draws_match_the_whole_vocabulary_reference_on_any_number_of_ranks(vocab
     u[: len(KINDS)] = 0.0
     u[len(KINDS) : 2 * len(KINDS)] = 1 - 2.0**-53
     tokens = [sample_on_ranks(size, logits, params, u) for size in WORLD_SIZES]
-    assert all(torch.equal(t, tokens[0]) for t in tokens)
-    assert_draws_match_reference(tokens[0], logits, params, u)
+    # The very last number is within rounding of more than one of the last tokens, where these have next to no weight.
+    inside = u < 1 - 2.0**-53
+    assert all(torch.equal(t[inside], tokens[0][inside]) for t in tokens)
+    for t in tokens:
+        assert_draws_match_reference(t, logits, params, u)
 
 
-@pytest.mark.parametrize("p", KINDS[1:], ids=str)
+@pytest.mark.parametrize("p", [p for p in KINDS if p.temperature > 0], ids=str)
 def test_frequencies_follow_the_distribution(p):
     """Chi-square over 20,000 draws from one distribution; the seed is fixed, so this cannot fail by chance."""
     num_draws, vocab_size = 20_000, 40
@@ -130,6 +144,8 @@ def test_frequencies_follow_the_distribution(p):
     ids, probabilities = reference_order_and_probabilities(logits[0], p)
     counts = np.bincount(tokens.numpy(), minlength=vocab_size)
     assert counts[ids].sum() == num_draws
+    assert (counts[ids][probabilities == 0] == 0).all()
+    ids, probabilities = ids[probabilities > 0], probabilities[probabilities > 0]
     expected = probabilities * num_draws
     statistic = float(((counts[ids] - expected) ** 2 / expected).sum())
     assert statistic < len(ids) + 4 * math.sqrt(2 * len(ids))
@@ -198,6 +214,47 @@ def test_top_p_takes_more_candidates_for_the_rows_that_need_them(monkeypatch):
     assert_draws_match_reference(tokens, logits, params, u)
 
 
+@pytest.mark.parametrize("min_p, kept", [(0.19, {0, 1, 2, 3}), (0.21, {0, 1, 3}), (0.59, {1, 3}), (1.0, {3})])
+@pytest.mark.parametrize("others", [{}, {"top_k": 4}, {"top_p": 0.9999}, {"top_k": 4, "top_p": 0.9999}], ids=str)
+def test_min_p_keeps_what_reaches_its_part_of_the_likeliest(min_p, kept, others):
+    logits = torch.tensor([[0.3, 0.6, 0.2, 1.0]]).log()
+    u = (torch.arange(64, dtype=torch.float64) + 0.5) / 64
+    # At half the temperature, ratios of probabilities are the squares.
+    for temperature, its_min_p in ((1.0, min_p), (0.5, min_p**2)):
+        params = SamplingParams(min_p=its_min_p, temperature=temperature, **others)
+        tokens = sample_on_ranks(2, logits.expand(64, -1), [params] * 64, u)
+        assert set(tokens.tolist()) == kept
+
+
+def test_min_p_comes_after_top_p():
+    logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
+    u = (torch.arange(64, dtype=torch.float64) + 0.5) / 64
+    # Before it, token 0 would have 0.67 of what min-p leaves, {0, 1}: enough for 0.6.
+    for top_k in (0, 4):
+        tokens = sample_on_ranks(2, logits.expand(64, -1), [SamplingParams(top_p=0.6, top_k=top_k, min_p=0.4)] * 64, u)
+        assert set(tokens.tolist()) == {0, 1}
+
+
+def test_min_p_gathers_nothing(monkeypatch):
+    """By itself it costs no candidates, and beside top-p it saves those that it drops."""
+    seen = []
+    candidates = sampling._candidates
+
+    def spy(shard, count):
+        seen.append((len(shard.rows), count))
+        return candidates(shard, count)
+
+    monkeypatch.setattr(sampling, "_candidates", spy)
+    logits = torch.linspace(0, 1, 3000).repeat(3, 1)
+    logits[:, 17] = 5.0
+    u = torch.tensor([0.001, 0.5, 0.7], dtype=torch.float64)
+    params = [SamplingParams(min_p=0.9), SamplingParams(min_p=0.9, top_p=0.99), SamplingParams(top_p=0.99)]
+    tokens = sample_on_ranks(1, logits, params, u)
+    assert tokens[:2].tolist() == [17, 17]
+    assert seen == [(2, 64), (1, 512), (1, 3000)]
+    assert_draws_match_reference(tokens, logits, params, u)
+
+
 @pytest.mark.parametrize("size", WORLD_SIZES)
 def test_tokens_at_minus_infinity_are_never_drawn(size):
     """At the ends of the unit interval too, where whole blocks and whole ranks hold nothing else."""
@@ -225,8 +282,8 @@ def test_a_row_draws_the_same_alone_and_in_any_batch(size):
 
 def test_chunks_of_rows_change_nothing(monkeypatch):
     generator = torch.Generator().manual_seed(2)
-    logits = torch.randn(33, 300, generator=generator)
-    u = torch.rand(33, dtype=torch.float64, generator=generator)
+    logits = torch.randn(len(KINDS) * 3, 300, generator=generator)
+    u = torch.rand(len(logits), dtype=torch.float64, generator=generator)
     whole = sample_on_ranks(1, logits, KINDS * 3, u)
     monkeypatch.setitem(sampling.CHUNK, "cpu", 1000)
     assert torch.equal(sample_on_ranks(1, logits, KINDS * 3, u), whole)
@@ -254,15 +311,38 @@ def test_unusable_logits_name_their_row(size, p, bad):
         on_ranks(size, logits, greedy)
 
 
+def logprobs_on_ranks(size, logits, tokens, count):
+    """``(chosen, ids of the likeliest, theirs)``, of which every rank has the same."""
+    pick = lambda name: on_ranks(  # noqa: E731
+        size, logits, lambda part, start, group: getattr(logprobs(part, tokens, count, start, group), name)
+    )
+    return pick("chosen"), pick("top_ids"), pick("top")
+
+
 @pytest.mark.parametrize("size", WORLD_SIZES)
-def test_logprobs_are_the_log_softmax(size):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("count", [0, 1, 5, 20])
+def test_logprobs_are_the_log_softmax_and_its_largest(size, dtype, count):
     generator = torch.Generator().manual_seed(4)
-    logits = 4 * torch.randn(50, 333, generator=generator)
+    logits = (4 * torch.randn(50, 333, generator=generator)).to(dtype)  # bfloat16 has ties
     tokens = torch.randint(0, 333, (50,), generator=generator)
-    found = on_ranks(size, logits, lambda part, start, group: logprob_of(part, tokens, start, group))
-    expected = logits.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-6)
+    expected = logits.double().log_softmax(-1)
+    chosen, top_ids, top = logprobs_on_ranks(size, logits, tokens, count)
+    assert chosen.dtype == top.dtype == torch.float32
+    torch.testing.assert_close(chosen.double(), expected.gather(1, tokens[:, None])[:, 0], rtol=0, atol=2e-6)
+    assert torch.equal(top_ids, logits.double().sort(dim=-1, descending=True, stable=True).indices[:, :count])
+    torch.testing.assert_close(top.double(), expected.gather(1, top_ids), rtol=0, atol=2e-6)
+    # A chosen token that is among the likeliest has the very same number there.
+    for row, column in (top_ids == tokens[:, None]).nonzero().tolist():
+        assert top[row, column] == chosen[row]
+
+
+@pytest.mark.parametrize("size", WORLD_SIZES)
+def test_more_logprobs_than_there_are_tokens(size):
+    logits = torch.tensor([[0.0, 2.0, 1.0], [1.0, 1.0, 1.0]])
+    _, top_ids, top = logprobs_on_ranks(size, logits, torch.tensor([0, 0]), 20)
+    for row, expected in enumerate(([1, 2, 0], [0, 1, 2])):
+        assert top_ids[row][top[row] > -math.inf].tolist() == expected
 
 
 # --- the uniform numbers ---
@@ -333,7 +413,7 @@ def test_cuda_gives_the_tokens_of_the_cpu():
 def test_defaults_and_normal_forms():
     p = SamplingParams(top_k=-1, stop_token_ids=[7, 8], temperature=np.float32(0.5), n=np.int64(2))
     assert (p.top_k, p.stop_token_ids, p.temperature, p.n) == (0, (7, 8), 0.5, 2)
-    assert SamplingParams() == SamplingParams(1, 1.0, 1.0, 0, 16, (), False, 0, None)
+    assert SamplingParams() == SamplingParams(1, 1.0, 1.0, 0, 16, (), False, 0, None, 0.0, (), False)
 
 
 @pytest.mark.parametrize(
@@ -345,7 +425,9 @@ def test_defaults_and_normal_forms():
         "top_p": [0, 0.0, -0.5, 1.01, math.nan, True, "0.9"],
         "top_k": [-2, 1.5, True, None],
         "seed": [-1, 2**63, 0.5, True, None],
-        "logprobs": [1, 5, -1, False, True],
+        "logprobs": [21, -1, 1.0, False, True],
+        "min_p": [-0.1, 1.01, math.nan, True, "0.1", None],
+        "include_stop_str_in_output": [1, "yes", None],
         "ignore_eos": [1, "yes", None],
         "stop_token_ids": [5, "</s>", [1.5], [-1], [True], None],
     }.items(),

@@ -65,6 +65,53 @@ class TestPrompts:
         assert [record["prompt"] for record in found] == prompts
 
 
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    folder = save_tiny(tmp_path_factory.mktemp("chat"))
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role ~ ': ' ~ m.content ~ '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    return folder
+
+
+class TestChat:
+    @pytest.fixture
+    def chat(self, chat_model):
+        return lambda *arguments: run(chat_model, "--chat", "--max-tokens", 4, "--device", "cpu", *arguments)
+
+    def prompts(self, done) -> list[str]:
+        assert (done.status, done.stderr) == (0, "")
+        return [record["prompt"] for record in records(done.stdout)]
+
+    def test_prompts_are_messages(self, chat, chat_model):
+        arguments = ("--prompts", "one|two", "--num-samples", 2, "--seed", 3)
+        conversations = [[{"role": "user", "content": text}] for text in ("one", "two")]
+        outputs = LLM(chat_model, device="cpu").chat(conversations, SamplingParams(n=2, max_tokens=4, seed=3))
+        assert chat(*arguments).stdout == in_text(outputs)
+        assert self.prompts(chat(*arguments, "--jsonl")) == ["user: one\nassistant:", "user: two\nassistant:"]
+
+    def test_a_system_message(self, chat):
+        done = chat("--prompts", "one", "--system", "Be brief.", "--jsonl")
+        assert self.prompts(done) == ["system: Be brief.\nuser: one\nassistant:"]
+
+    def test_files(self, chat, tmp_path):
+        (tmp_path / "p.txt").write_text("one\ntwo\n")
+        done = chat("--prompt-file", tmp_path / "p.txt", "--jsonl")
+        assert self.prompts(done) == ["user: one\nassistant:", "user: two\nassistant:"]
+        messages = [{"role": "user", "content": "one"}, {"role": "critic", "content": [{"type": "text", "text": "no"}]}]
+        (tmp_path / "p.jsonl").write_text(f'"one"\n{json.dumps({"messages": messages})}\n')
+        done = chat("--prompt-file", tmp_path / "p.jsonl", "--jsonl")
+        assert self.prompts(done) == ["user: one\nassistant:", "user: one\ncritic: no\nassistant:"]
+
+    def test_mistakes(self, chat, complete, tmp_path):
+        assert_mistake(complete("--prompts", "a", "--system", "b"), "--system gives a system message", "add --chat")
+        assert_mistake(complete("--prompts", "a", "--chat"), "has no chat template", "give whole prompts in place of")
+        assert_mistake(chat("--prompts", "a", "--prompts", "b"), "--chat with 2 levels of --prompts", "one level")
+        (tmp_path / "p.jsonl").write_text('"a"\n{"messages": "b"}\n')
+        assert_mistake(chat("--prompt-file", tmp_path / "p.jsonl"), "p.jsonl, line 2: messages are a str")
+
+
 class TestOutput:
     def test_json_lines(self, complete, llm):
         done = complete("--prompts", "hé|two", "--n", 2, "--jsonl")

@@ -1,0 +1,83 @@
+"""The options of ``scripts/run.py`` that choose tokens and end completions, and what its JSON lines say of them."""
+
+import json
+
+import pytest
+from checkpoints import save_tiny
+from commands import Command, assert_mistake
+
+from engine import LLM, SamplingParams
+
+run = Command("scripts/run.py")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def llm(model):
+    return LLM(model, device="cpu")
+
+
+@pytest.fixture
+def complete(model):
+    """The command with the model, and what its JSON lines hold."""
+
+    def command(*arguments):
+        done = run(model, "--max-tokens", 8, "--device", "cpu", "--jsonl", *arguments)
+        assert (done.status, done.stderr) == (0, "")
+        return [json.loads(line)["outputs"] for line in done.stdout.splitlines()]
+
+    return command
+
+
+def test_min_p(complete, llm):
+    (outputs,) = complete("--prompts", "one", "--min-p", 0.3, "--num-samples", 4)
+    ((expected,), (other,)) = (
+        llm.generate(["one"], SamplingParams(n=4, max_tokens=8, min_p=min_p)) for min_p in (0.3, 0.0)
+    )
+    assert [tuple(o["token_ids"]) for o in outputs] == [o.token_ids for o in expected.outputs]
+    assert [o.token_ids for o in expected.outputs] != [o.token_ids for o in other.outputs]
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_logprobs(complete, llm, count):
+    (outputs,) = complete("--prompts", "one", "--logprobs", count)
+    (expected,) = llm.generate(["one"], SamplingParams(max_tokens=8, logprobs=count))
+    (found,), (sample,) = outputs, expected.outputs
+    assert found["logprobs"] == pytest.approx(sample.logprobs)
+    assert ("top_logprobs" in found) == (count > 0)
+    for top, its in zip(found.get("top_logprobs", ()), sample.top_logprobs or (), strict=True):
+        assert [int(token) for token in top] == list(its)  # the keys of JSON are strings
+        assert list(top.values()) == pytest.approx(list(its.values()))
+
+
+def test_without_being_asked_for_they_are_not_there(complete):
+    ((output,),) = complete("--prompts", "one")
+    assert output.keys() == {"text", "token_ids", "finish_reason"}
+
+
+def test_stop(complete, llm):
+    ((free,),) = complete("--prompts", "one", "--ignore-eos", "--max-tokens", 40)
+    stop = ("never to be found", free["text"][2:4])
+    ((output,),) = complete(
+        "--prompts", "one", "--ignore-eos", "--max-tokens", 40, "--stop", stop[0], "--stop", stop[1]
+    )  # fmt: skip
+    assert output["finish_reason"] == "stop"
+    assert output["text"] == free["text"][: free["text"].index(stop[1])]
+    assert free["token_ids"][: len(output["token_ids"])] == output["token_ids"] < free["token_ids"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--min-p", 1.5], ["min_p: got 1.5; accepted: a number from 0 to 1"]),
+        (["--stop", ""], ["stop: got ('',); accepted: a text or a list of texts, none of them empty"]),
+        (["--logprobs", 21, "--jsonl"], ["logprobs: got 21", "from 0 (the chosen token's alone) to 20"]),
+        (["--logprobs", 2], ["--logprobs 2 has no place in text; add --jsonl"]),
+    ],
+)
+def test_mistakes(model, arguments, parts):
+    assert_mistake(run(model, "--prompts", "a", "--device", "cpu", *arguments), *parts)
