@@ -13,7 +13,7 @@ import torch
 from engine.distributed import TPGroup
 from engine.errors import InputError
 from engine.executor import Executor
-from engine.sampling import Logprobs, RowParams, SamplingParams, greedy, logprobs, sample, uniforms
+from engine.sampling import Logprobs, NotFiniteError, RowParams, SamplingParams, greedy, logprobs, sample, uniforms
 from engine.stopping import StopChecker
 
 
@@ -47,6 +47,14 @@ class Generated:
     top_logprobs: list[dict[int, float]] | None = None
     finish_reason: str | None = None  # "stop" or "length"
     logits: list[torch.Tensor] | None = None  # for each token the (V,) float32 logits it was chosen from
+
+
+class DecodingError(RuntimeError):
+    """A sequence's logits are not finite after ``token_ids``, what it has generated."""
+
+    def __init__(self, sequence: int, token_ids: list[int]):
+        super().__init__(f"the logits of sequence {sequence} are not finite after {len(token_ids)} new tokens")
+        self.sequence, self.token_ids = sequence, token_ids
 
 
 def full_logits(logits_RV: torch.Tensor, vocab_size: int, group: TPGroup) -> torch.Tensor:
@@ -138,7 +146,7 @@ def decode(
     """Generates until every sequence has ended. ``first_logits_BV`` are those of the first new token.
 
     ``on_ended(request, what it generated)`` is called for each sequence as soon as it ends, ``on_tokens(new tokens,
-    sequences that ended)`` after every step.
+    sequences that ended)`` after every step. Raises DecodingError when logits are not finite.
     """
     model, group = executor.model, executor.model.group
     chooser = _Chooser(requests, model.head.first, group)
@@ -147,7 +155,10 @@ def decode(
     logits = first_logits_BV
     step = 0
     while True:
-        tokens = chooser.choose(logits, step)
+        try:
+            tokens = chooser.choose(logits, step)
+        except NotFiniteError as error:
+            raise DecodingError(int(active[error.row]), results[active[error.row]].token_ids) from error
         row_logprobs = chooser.logprobs(logits, tokens)
         kept_logits = full_logits(logits, model.config.vocab_size, group) if return_logits else None
         going_on = np.ones(len(active), dtype=bool)

@@ -13,9 +13,10 @@ import torch
 from engine.activations import tree_activation_bytes
 from engine.arena import Arena
 from engine.attention import AttentionMethod, get_method
-from engine.decoding import Generated, Request, decode, full_logits
+from engine.decoding import DecodingError, Generated, Request, decode, full_logits
 from engine.errors import InputError
 from engine.executor import Executor, ResidentNode
+from engine.finiteness import first_not_finite
 from engine.model import Transformer
 from engine.prefix_tree import PrefixTree, build_from_levels, build_from_prompts, repeat, root_only, select
 from engine.rope import rope_length
@@ -463,6 +464,11 @@ class Engine:
                     if method.own_node_ranges:
                         new_nodes = executor.new_nodes()
                     del executor  # it holds the arena's tensors, which the next wave may replace with larger ones
+                except DecodingError as error:
+                    self.arena.clear(wave.ranges, starts)
+                    request = requests[callers[error.sequence]]
+                    prompt = wave.tree.sequence_tokens(error.sequence).tolist()
+                    raise self._not_finite(method, request, prompt, error) from error
                 except BaseException:
                     self.arena.clear(wave.ranges, starts)
                     raise
@@ -479,6 +485,18 @@ class Engine:
         finally:
             self._drop(passed_on, set(passed_on))
         return results
+
+    def _not_finite(
+        self, method: AttentionMethod, request: Request, prompt: list[int], error: DecodingError
+    ) -> InputError:
+        """What to raise when a sequence's logits are not finite."""
+        part = first_not_finite(self.model, method, [*prompt, *error.token_ids])
+        dtype = str(self.model.embedding.weight.dtype).removeprefix("torch.")
+        where = f"{part} is the first to give NaN or infinity" if part else "run alone it has neither NaN nor infinity"
+        return InputError(
+            f"prompt {request.prompt}, after {len(error.token_ids)} new tokens: no token can be chosen from its "
+            f"logits; {where} in {dtype}; use a --dtype of wider range (bfloat16 or float32), or other weights"
+        )
 
     def _place(self, wave: _Wave, method: AttentionMethod, starts: list[int]) -> Executor:
         placement = method.place(wave.tree, wave.rooms, _slots(wave.resident), starts, uniform=wave.uniform)

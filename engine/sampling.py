@@ -41,6 +41,14 @@ NUCLEUS_CANDIDATES = (64, 512)  # top-p alone tries this many before it takes th
 MAX_LOGPROBS = 20
 
 
+class NotFiniteError(RuntimeError):
+    """Logits that no token can be chosen from."""
+
+    def __init__(self, row: int):
+        super().__init__(f"row {row}: no token can be chosen, its logits hold NaN or have no finite maximum")
+        self.row = row
+
+
 class Ranks(Protocol):
     """What sampling needs of a tensor-parallel group."""
 
@@ -199,7 +207,7 @@ def _shift_right(z: Tensor, bits: int) -> Tensor:
 def greedy(logits: Tensor, vocab_start: int, group: Ranks) -> Tensor:
     """The likeliest token of each row, ties to the lowest id: ``(B, V)`` of any float type to ``(B,)`` int64.
 
-    ``vocab_start`` is the id of the rank's first entry. Raises RuntimeError for a row that holds NaN or no finite
+    ``vocab_start`` is the id of the rank's first entry. Raises NotFiniteError for a row that holds NaN or no finite
     maximum. One collective, of 8 bytes a row.
     """
     return _checked(_greedy(_Shard.of(logits, vocab_start, group)))
@@ -210,7 +218,7 @@ def sample(logits: Tensor, params: RowParams, uniforms: Tensor, vocab_start: int
 
     In the order of transformers: temperature, top-k (of tied tokens the lowest ids are kept, exactly k in all), top-p
     of what is left, renormalised (the token that reaches ``top_p`` is kept), min-p, then one draw with ``uniforms``,
-    ``(B,)`` float64 in [0, 1). Rows of temperature 0 are greedy. Raises RuntimeError for a row that holds NaN or no
+    ``(B,)`` float64 in [0, 1). Rows of temperature 0 are greedy. Raises NotFiniteError for a row that holds NaN or no
     finite maximum.
 
     Collectives: three of 8 bytes a row or less for rows with neither top-k nor top-p; one of 8 bytes a candidate for
@@ -327,8 +335,7 @@ class _RowDraws:
 def _checked(tokens: Tensor) -> Tensor:
     """``tokens``, unless one is the -1 that stands for unusable logits. The one wait for the device in a choice."""
     if bool((tokens < 0).any()):
-        row = int((tokens < 0).nonzero()[0])
-        raise RuntimeError(f"row {row}: no token can be chosen, its logits hold NaN or have no finite maximum")
+        raise NotFiniteError(int((tokens < 0).nonzero()[0]))
     return tokens
 
 

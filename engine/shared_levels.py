@@ -14,6 +14,7 @@ from engine.arena import Arena
 from engine.attention import AttentionMethod, get_method
 from engine.errors import InputError
 from engine.executor import Executor, ResidentNode
+from engine.finiteness import first_not_finite
 from engine.model import Transformer
 from engine.prefix_tree import PrefixTree, build_from_levels
 
@@ -121,8 +122,7 @@ class SharedLevels:
             cache = self._arena.cache if method.uses_cache else None
             executor = Executor(self._model, cache, layout, tree, placement, resident)
             hidden = executor.prefill()
-            if not bool(hidden.isfinite().all()):
-                raise RuntimeError("the shared level is not kept: its hidden states are not finite")
+            self._check_finite(hidden, tree, layout)
         except BaseException:
             self._arena.clear(ranges, starts)
             self._arena.free_all(ranges, starts)
@@ -137,6 +137,17 @@ class SharedLevels:
         self._methods.append(method)
         self._rope_length = rope_length
         return hidden[torch.from_numpy(np.argsort(tree.order)).to(hidden.device)]
+
+    def _check_finite(self, hidden: torch.Tensor, tree: PrefixTree, layout: AttentionMethod) -> None:
+        broken = (~hidden.isfinite().all(-1)).nonzero()
+        if len(broken):
+            i = int(broken[0])
+            part = first_not_finite(self._model, layout, tree.sequence_tokens(i).tolist())
+            raise InputError(
+                f"entry {tree.order[i]} of the shared level is not finite at its end"
+                f"{f': {part} is the first to give NaN or infinity' if part else ''}; accepted: levels whose numbers "
+                "are finite; use a --dtype of wider range (bfloat16 or float32), or other weights"
+            )
 
     def truncate(self, num_levels: int) -> None:
         """Keeps the first ``num_levels`` levels and drops the others."""

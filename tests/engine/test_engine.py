@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import assert_close, hf_model, our_engine, passes, reference
-from ranks import World
+from ranks import World, run_ranks
 from strategies import SETTINGS, prompt_sets
 
 from engine.attention import METHODS as REGISTRY
@@ -386,7 +386,7 @@ def test_a_failure_in_the_middle_leaves_no_trace(hf, engine, method, max_batch_s
     for _ in range(2):
         engine.max_batch_size = max_batch_size
         options = {"attention": method, "shared_cache_op": "preserve"}
-        with pytest.raises(RuntimeError, match="no token can be chosen, its logits hold NaN"):
+        with pytest.raises(InputError, match="prompt 1, after 0 new tokens: no token can .*; the embedding is"):
             engine.generate([[7] * 2, [60] * 40, [8]], GREEDY, **options)
         assert (engine.num_shared_levels, engine.arena.num_used) == (1, len(ROOT))
     engine.model.embedding.weight[60] = healthy
@@ -401,10 +401,43 @@ def test_slots_of_a_level_that_was_not_kept_are_clean(engine):
     expected = engine.generate(ragged, GREEDY)
     healthy = engine.model.embedding.weight[60].clone()
     engine.model.embedding.weight[60] = float("nan")
-    with pytest.raises(RuntimeError, match="the shared level is not kept"):
-        engine.append_shared([[60] * 40])
+    with pytest.raises(InputError, match="entry 1 of the shared level is not finite at its end: the embedding is the"):
+        engine.append_shared([[3] * 2, [60] * 40])
     engine.model.embedding.weight[60] = healthy
     assert tokens(engine.generate(ragged, GREEDY)) == tokens(expected)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("weight", "part"),
+    [
+        ("layers.0.mlp.down_proj", "layer 0"),
+        ("layers.1.attention.o_proj", "layer 1"),
+        ("norm", "the last norm"),
+        ("head", "the output head"),
+    ],
+)
+def test_the_first_part_that_is_not_finite_is_named(hf, size, method, weight, part):
+    def work(group):
+        engine = our_engine(hf, group)
+        if group.rank == size - 1 or weight == "norm":
+            engine.model.get_submodule(weight).weight.view(-1)[0] = float("nan")
+        with pytest.raises(InputError) as caught:
+            engine.generate([[1, 2, 3], [1, 2, 4]], GREEDY, attention=method)
+        return str(caught.value)
+
+    (message,) = set(run_ranks(size, work))
+    assert message.startswith("prompt 0, after 0 new tokens: no token can be chosen from its logits; ")
+    assert f"; {part} is the first to give NaN or infinity in float32; use a --dtype" in message
+
+
+def test_numbers_that_overflow_in_the_middle(hf):
+    """A token that is forced makes them."""
+    engine = our_engine(hf)
+    engine.model.embedding.weight[60] = float("nan")
+    with pytest.raises(InputError, match="prompt 1, after 2 new tokens: .*; the embedding is the first"):
+        engine.generate([[1, 2], [3, 4]], GREEDY, forced_tokens=[(), (5, 60)])
 
 
 def test_a_callback_that_raises_stops_the_call(hf, engine):
