@@ -1,7 +1,9 @@
 """Files that are written whole or not at all, and the folders that they go to."""
 
+import fcntl
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 from engine.errors import InputError
 
@@ -22,16 +24,44 @@ def replace_whole(path: Path) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes ``data`` to ``path``; a reader, or a restart after a crash, sees all of it or what was there before."""
+    """Writes ``data`` to ``path``; a reader, or a restart after a crash, sees all of it or what was there before.
+
+    Several processes may write one path at a time: each waits for its turn, and the last one's data stays. What a
+    killed process left behind is written over. An OSError names ``path``.
+    """
     partial = partial_path(path)
     try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        replace_whole(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        with _open_alone(partial) as file:
+            try:
+                file.truncate(0)
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                replace_whole(path)
+            finally:
+                if _is_at(file, partial):  # after the rename another process may be writing a file of that name
+                    partial.unlink()
+    except OSError as error:
+        if error.filename is None:  # as when the disk is full
+            error.filename = str(path)
+        raise
+
+
+def _open_alone(path: Path) -> BinaryIO:
+    """The file at ``path``, made if there is none, locked against other processes until it is closed."""
+    while True:
+        file = path.open("ab")  # which leaves what another process is writing as it is
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if _is_at(file, path):
+            return file
+        file.close()  # while this process waited, the other one has renamed or removed it
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def check_outdir(outdir: Path) -> None:

@@ -21,6 +21,7 @@ from engine.cpu import read_cpu
 from engine.distributed import TPGroup
 from engine.dummy import dummy_tensor
 from engine.errors import InputError
+from engine.finite_weights import check_finite
 from engine.layers import WeightSlot
 from engine.memory import available_bytes
 from engine.model import Transformer
@@ -313,16 +314,7 @@ def _fill_slot(slot: WeightSlot, part: Tensor) -> None:
     assert real.shape == part.shape, f"{shard.name}: {tuple(part.shape)} for {tuple(real.shape)}"  # copy_ broadcasts
     real.copy_(part)
     target.narrow(dim, length, shard.padded_length - length).zero_()
-    if not _is_finite(target):
-        raise InputError(
-            f"{shard.name} holds NaN or infinity in {str(target.dtype).removeprefix('torch.')}; accepted: finite "
-            "weights; fetch the model again, or use a --dtype that holds its values (float16 ends at 65504)"
-        )
-
-
-def _is_finite(x: Tensor) -> bool:
-    # A sum is many times faster than looking at each value, and can only be wrong in one way: it may overflow.
-    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
+    check_finite(shard.name, target)
 
 
 def _together(group: TPGroup, action: Callable[[], T]) -> T:

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 from engine.checkpoint import (
+    ALL_WEIGHTS_FILES,
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
-    INDEX_FILE,
     TOKENIZER_FILES,
-    WEIGHTS_FILE,
     Checkpoint,
     check_weights,
     load_config,
 )
 from engine.config import ModelConfig
 from engine.errors import InputError
+from engine.finite_weights import check_finite
 from engine.files import partial_path, write_whole
 from engine.safetensors_writer import SafetensorsWriter, num_bytes
 from engine.sharding import check_world_size
@@ -95,7 +95,7 @@ def write_shards(
             return Split(_write(checkpoint, outdir, plan, small_files, on_progress), written=True)
         except BaseException as error:
             _clear(outdir)
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 size = f"{num_splits * _rank_bytes(plan) / 1e9:,.2f} GB"
                 raise InputError(
                     f"{outdir}: {error.strerror}; the split takes {size}; make room for it, or choose another disk"
@@ -145,7 +145,9 @@ def _write(
         for parts in zip(*shards, strict=True):
             full = checkpoint.read(parts[0].name)
             for writer, shard in zip(writers, parts, strict=True):
-                writer.write(shard.name, shard.cut(full).to(dtype))
+                part = shard.cut(full).to(dtype)
+                check_finite(shard.name, part)
+                writer.write(shard.name, part)
                 done += num_bytes(dtype, shard.shape)
                 if on_progress is not None:
                     on_progress(done, total)
@@ -190,7 +192,7 @@ def _finished(outdir: Path, plan: Manifest, force: bool) -> ShardDir | None:
             raise InputError(f"{outdir} is a file; accepted: a folder to write to; choose another name")
         return None
     names = {path.name for path in outdir.iterdir()}
-    if checkpoints := names & {WEIGHTS_FILE, INDEX_FILE}:
+    if checkpoints := names & set(ALL_WEIGHTS_FILES):
         raise InputError(f"{outdir} holds a model ({min(checkpoints)}); accepted: an empty folder; choose another")
     if force:
         return None

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import SPLITS, save_hf
+from models import hf_model
 from safetensors.torch import load_file, save_file
 
 import engine.shard_writer
@@ -147,6 +148,23 @@ class TestRefusedBeforeWriting:
         with pytest.raises(InputError, match="holds a model .model.safetensors.index.json.; accepted: an empty folder"):
             split(hf_folder, hf_folder, force=force)
         assert state(hf_folder) == before
+
+    @pytest.mark.parametrize("force", [False, True])
+    @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json"])
+    def test_a_checkpoint_of_bin_files_is_never_written_into(self, hf_folder, tmp_path, name, force):
+        (tmp_path / name).write_text("precious")
+        with pytest.raises(InputError, match=f"holds a model .{name}.; accepted: an empty folder"):
+            split(hf_folder, tmp_path, force=force)
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+
+    def test_weights_that_the_dtype_does_not_hold(self, tmp_path):
+        hf = hf_model()
+        hf.get_parameter("model.layers.1.mlp.up_proj.weight").data[5, 5] = 1e5
+        hf.save_pretrained(tmp_path / "large")
+        with pytest.raises(InputError, match="layers.1.mlp.up_proj.weight holds NaN or infinity in float16; .* 65504"):
+            split(tmp_path / "large", tmp_path / "out", dtype=torch.float16)
+        with pytest.raises(InputError, match="unfinished|has no tp_manifest"):
+            open_shards(tmp_path / "out")
 
     def test_a_file_in_the_place_of_the_folder(self, hf_folder, tmp_path):
         (tmp_path / "file").write_text("")
