@@ -21,6 +21,7 @@ from engine.config import ModelConfig
 from engine.errors import InputError
 from engine.files import partial_path, write_whole
 from engine.json_fields import read_json
+from engine.messages import one_line, shown
 from engine.safetensors_writer import SafetensorsWriter, num_bytes
 from engine.weight_files import WeightFile, open_weights
 
@@ -155,7 +156,7 @@ def _read_index(folder: Path, form: _Format) -> dict[str, str]:
         is_plain = isinstance(file, str) and Path(file).name == file and not set(file) & set("\\\0")
         if not is_plain or not file.endswith(form.suffix):
             raise InputError(
-                f"{path} names the file {file!r}; accepted: plain names of {form.suffix} files beside it; "
+                f"{path} names the file {shown(file)}; accepted: plain names of {form.suffix} files beside it; "
                 "do not trust this model"
             )
     return weight_map
@@ -288,7 +289,8 @@ def check_weights(checkpoint: Checkpoint, config: ModelConfig) -> None:
         problems.append(f"wrong shape: {_listed(wrong)}")
     if config.tie_word_embeddings and "lm_head.weight" in extra and "model.embed_tokens.weight" in stored:
         extra.remove("lm_head.weight")
-        if not _are_equal(checkpoint, "lm_head.weight", "model.embed_tokens.weight"):
+        fits = shapes["model.embed_tokens.weight"] == expected["model.embed_tokens.weight"]  # if not, that is said
+        if fits and not _are_equal(checkpoint, "lm_head.weight", "model.embed_tokens.weight"):
             problems.append("lm_head.weight differs from the embeddings, but tie_word_embeddings is true")
     if extra:
         problems.append(f"unexpected {_listed(sorted(extra))}")
@@ -309,7 +311,7 @@ def _are_equal(checkpoint: Checkpoint, a: str, b: str) -> bool:
 
 
 def _listed(names: list[str], limit: int = 4) -> str:
-    shown = ", ".join(names[:limit])
+    shown = ", ".join(one_line(name, 120) for name in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 

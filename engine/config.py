@@ -13,8 +13,17 @@ import torch
 
 from engine.errors import InputError
 from engine.json_fields import Fields, agreed, refused
+from engine.messages import shown
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Far above any model's. A config beyond them would take hours, or all of the memory, before anything is found wrong.
+_MAX_SIZE = 2**31 - 1
+_MAX_SIZES = {"num_layers": 1000, "num_heads": 4096}
+_MAX_PARAMETERS = 2**50
+
+# RoPE divides by its numbers, in float32.
+_LEAST_POSITIVE = torch.finfo(torch.float32).tiny
 
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
@@ -76,8 +85,12 @@ class RopeConfig:
             raise refused("factor", self.factor, "a number of at least 1 for rope type dynamic")
         for name in ("factor", "attention_factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise refused(name, value, "a positive number")
+            if value is not None and not value >= _LEAST_POSITIVE:
+                raise refused(name, value, f"a positive number, from {_LEAST_POSITIVE:.1e} on")
+        for name in ("mscale", "mscale_all_dim"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise refused(name, value, "a number of at least 0")
         if self.type == "llama3":
             low, high = self.low_freq_factor, self.high_freq_factor
             if low is None or high is None or not 0 < low < high:
@@ -85,7 +98,7 @@ class RopeConfig:
         if self.type == "longrope":
             for name in ("short_factor", "long_factor"):
                 factors = getattr(self, name)
-                if not factors or not all(factor > 0 for factor in factors):
+                if not factors or not all(factor >= _LEAST_POSITIVE for factor in factors):
                     raise refused(name, factors, "a list of positive numbers, one for each rotated pair")
         if self.beta_fast < self.beta_slow:
             raise refused("beta_fast, beta_slow", (self.beta_fast, self.beta_slow), "beta_fast >= beta_slow")
@@ -337,8 +350,14 @@ def _check_numbers(config: ModelConfig) -> None:
         "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim max_position_embeddings"
     )
     for name in sizes.split():
-        if getattr(config, name) < 1:
-            raise refused(name, getattr(config, name), "an integer of at least 1")
+        most = _MAX_SIZES.get(name, _MAX_SIZE)
+        if not 1 <= getattr(config, name) <= most:
+            raise refused(name, getattr(config, name), f"an integer from 1 to {most}")
+    if config.num_parameters > _MAX_PARAMETERS:
+        raise InputError(
+            f"the sizes in the config make a model of {config.num_parameters:.1e} parameters; accepted: up to "
+            f"{_MAX_PARAMETERS:.1e}; correct them in config.json"
+        )
     if config.num_heads % config.num_kv_heads:
         raise refused(
             "num_key_value_heads", config.num_kv_heads, f"a divisor of num_attention_heads ({config.num_heads})"
@@ -350,6 +369,9 @@ def _check_numbers(config: ModelConfig) -> None:
         raise refused("head_dim", config.head_dim, accepted)
     if config.rope.type == "dynamic" and config.rotary_dim < 4:
         raise refused("head_dim", config.head_dim, "at least 4 rotated dimensions for rope type dynamic")
+    original_length = config.rope.original_max_position_embeddings or config.max_position_embeddings
+    if config.rope.type == "longrope" and original_length < 2:  # the attention factor divides by its logarithm
+        raise refused("original_max_position_embeddings", original_length, "at least 2 for rope type longrope")
     for name in ("short_factor", "long_factor"):
         factors = getattr(config.rope, name)
         if factors is not None and len(factors) != config.rotary_dim // 2:
@@ -383,7 +405,7 @@ def _check_biases(config: ModelConfig, family: _Family) -> None:
 def _family(architecture: str) -> _Family:
     if architecture not in _FAMILIES:
         raise InputError(
-            f"architecture {architecture!r} is not supported; accepted: {', '.join(_FAMILIES)}; use such a model"
+            f"architecture {shown(architecture)} is not supported; accepted: {', '.join(_FAMILIES)}; use such a model"
         )
     return _FAMILIES[architecture]
 
@@ -393,7 +415,7 @@ def _architecture(raw: Mapping[str, Any]) -> str:
     by_type = {family.model_type: name for name, family in _FAMILIES.items()}
     names, model_type = raw.get("architectures"), raw.get("model_type")
     if not names:
-        if model_type not in by_type:
+        if not isinstance(model_type, str) or model_type not in by_type:
             raise refused("model_type", model_type, ", ".join(by_type), "there is no field architectures; add it")
         return by_type[model_type]
     if not isinstance(names, list | tuple) or not isinstance(names[0], str):
@@ -424,7 +446,7 @@ def _dtype_from_hf(fields: Fields) -> torch.dtype:
     name = fields.either("dtype", "torch_dtype")
     if name is None:
         return torch.float32
-    dtype = _DTYPES.get(str(name).removeprefix("torch."))
+    dtype = _DTYPES.get(name.removeprefix("torch.")) if isinstance(name, str) else None
     if dtype is None:
         raise refused("dtype", name, ", ".join(_DTYPES))
     return dtype

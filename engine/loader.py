@@ -24,6 +24,7 @@ from engine.errors import InputError
 from engine.finite_weights import check_finite
 from engine.layers import WeightSlot
 from engine.memory import available_bytes
+from engine.messages import one_line
 from engine.model import Transformer
 from engine.presets import find_preset
 from engine.sharding import TensorShard, check_world_size
@@ -197,7 +198,8 @@ def _compare(shards: ShardDir, name: str, revision: str | None) -> None:
         _check_same_model(shards, config, name)
     if not _is_same_name(manifest.model_name, name):
         print(
-            f"warning: the weights in {shards.folder} are of {manifest.model_name}; they run, not those of {name}",
+            f"warning: the weights in {shards.folder} are of {one_line(manifest.model_name)}; they run, not those of "
+            f"{name}",
             file=sys.stderr,
         )
     if folder is not None and (folder / _TOKENIZER_FILE).is_file() and _TOKENIZER_FILE in manifest.files:
@@ -218,7 +220,8 @@ def _check_same_model(shards: ShardDir, named: ModelConfig, name: str) -> None:
         if field.name not in free and ours != theirs:
             raise InputError(
                 f"{field.name} is {ours} in {shards.folder}, but {theirs} in {name}; accepted: shards of the same "
-                f"model; cut {name} with tools/make_tp_files.py, or name {shards.manifest.model_name}"
+                f"model; cut {name} with tools/make_tp_files.py, or name "
+                f"{one_line(shards.manifest.model_name)}"
             )
 
 

@@ -27,8 +27,9 @@ from engine.checkpoint import (
 )
 from engine.config import ModelConfig
 from engine.errors import InputError
-from engine.finite_weights import check_finite
 from engine.files import partial_path, write_whole
+from engine.finite_weights import check_finite
+from engine.messages import one_line
 from engine.safetensors_writer import SafetensorsWriter, num_bytes
 from engine.sharding import check_world_size
 from engine.shards import (
@@ -203,7 +204,8 @@ def _finished(outdir: Path, plan: Manifest, force: bool) -> ShardDir | None:
         except InputError as error:
             raise InputError(f"{outdir} holds a split that does not load: {error}") from error
         if difference := _difference(shards.manifest, plan):
-            raise InputError(f"{outdir} holds a split of {shards.manifest.model_name} with {difference}; {remedy}")
+            name = one_line(shards.manifest.model_name)
+            raise InputError(f"{outdir} holds a split of {name} with {difference}; {remedy}")
         damaged = any(shards.problem_of(name) for name in shards.manifest.files)
         return None if damaged else shards
     if foreign := sorted(names - _own(names)):

@@ -6,7 +6,7 @@ written last: a directory without it is unfinished and never loads. ``engine.sha
 """
 
 import hashlib
-import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +19,8 @@ from engine.checkpoint import CONFIG_FILE, GENERATION_CONFIG_FILE, load_config
 from engine.config import ModelConfig
 from engine.distributed import TPGroup
 from engine.errors import InputError
+from engine.json_fields import load_json
+from engine.messages import one_line, shown
 from engine.model import Transformer
 from engine.safetensors_writer import SAFETENSORS_DTYPES
 from engine.sharding import Rule, TensorShard
@@ -30,6 +32,11 @@ MANIFEST_FILE = "tp_manifest.json"
 OnProgress = Callable[[int, int], None]
 
 _HASH_CHUNK = 1 << 22  # bytes
+
+# Of a file that may lie in a shard directory: no path, and fit to be printed.
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
+
+_MAX_NAMED = 100  # bad files in one message; more are counted
 
 
 def rank_file(rank: int, num_splits: int) -> str:
@@ -93,7 +100,7 @@ class Manifest:
         num_splits = _typed(raw["num_splits"], int)
         config = ModelConfig.from_hf(_typed(raw["config"], dict))
         if raw["dtype"] != dtype_name(config.dtype):
-            raise ValueError(f"dtype is {raw['dtype']!r}, but the config's {dtype_name(config.dtype)!r}")
+            raise ValueError(f"dtype is {shown(raw['dtype'])}, but the config's {dtype_name(config.dtype)!r}")
         manifest = cls(
             model_name=_typed(raw["model_name"], str),
             num_splits=num_splits,
@@ -102,11 +109,13 @@ class Manifest:
             tensors={name: _tensor_record(value) for name, value in _typed(raw["tensors"], dict).items()},
             files={name: _file_record(value) for name, value in _typed(raw["files"], dict).items()},
         )
-        if missing := {rank_file(rank, num_splits) for rank in range(num_splits)} - set(manifest.files):
-            raise ValueError(f"no record of {min(missing)}")
+        # Ends at the first that is missing, since num_splits may be any number.
+        for name in (rank_file(rank, num_splits) for rank in range(num_splits)):
+            if name not in manifest.files:
+                raise ValueError(f"no record of {name}")
         for name in manifest.files:
-            if Path(name).name != name:
-                raise ValueError(f"file {name!r} is not a plain name")
+            if not _PLAIN_NAME.fullmatch(name):
+                raise ValueError(f"file {shown(name)} is not a plain name")
         return manifest
 
 
@@ -128,7 +137,7 @@ class ShardDir:
             try:
                 file = safe_open(self.folder / name, framework="pt", device="cpu")
             except SafetensorError as error:
-                problem = f"{name} is not safetensors ({error})"
+                problem = f"{name} is not safetensors ({one_line(str(error))})"
             else:
                 problem = self._header_problem(file, rank)
                 if problem is None:
@@ -153,7 +162,7 @@ class ShardDir:
             with safe_open(self.folder / name, framework="pt", device="cpu") as file:
                 return self._header_problem(file, ranks[name])
         except SafetensorError as error:
-            return f"{name} is not safetensors ({error})"
+            return f"{name} is not safetensors ({one_line(str(error))})"
 
     def _size_problem(self, name: str) -> str | None:
         path, expected = self.folder / name, self.manifest.files[name].size
@@ -174,7 +183,7 @@ class ShardDir:
             return None
         first = wrong[0]
         return (
-            f"{rank_file(rank, num_splits)} holds other tensors than its rank needs, such as {first}: "
+            f"{rank_file(rank, num_splits)} holds other tensors than its rank needs, such as {one_line(first)}: "
             f"{_described(found.get(first))}, not {_described(expected.get(first))}"
         )
 
@@ -189,7 +198,7 @@ def open_shards(folder: Path) -> ShardDir:
     recut = "cut the model again with tools/make_tp_files.py --force"
     again = f"accepted: as it was written; {recut}"
     try:
-        raw = json.loads(path.read_bytes())
+        raw = load_json(path)
         version = raw["format_version"]
         if version == FORMAT_VERSION:
             manifest = Manifest.from_json(raw)
@@ -201,9 +210,9 @@ def open_shards(folder: Path) -> ShardDir:
     except KeyError as error:
         raise InputError(f"{path} has no field {error}; {again}") from error
     except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is damaged ({error}); {again}") from error
+        raise InputError(f"{path} is damaged ({one_line(str(error), 500)}); {again}") from error
     if version != FORMAT_VERSION:
-        raise InputError(f"{path} has format version {version!r}; accepted: {FORMAT_VERSION}; {recut}")
+        raise InputError(f"{path} has format version {shown(version)}; accepted: {FORMAT_VERSION}; {recut}")
     if load_config(folder) != manifest.config:
         raise InputError(f"{folder}: {CONFIG_FILE} or {GENERATION_CONFIG_FILE} differs from {MANIFEST_FILE}; {again}")
     shards = rank_shards(manifest.config, 0, manifest.num_splits)
@@ -215,7 +224,7 @@ def open_shards(folder: Path) -> ShardDir:
 def verify(folder: Path, checksums: bool = True, on_progress: OnProgress | None = None) -> ShardDir:
     """Checks every file against the manifest: size, header and, with ``checksums``, all bytes.
 
-    Raises InputError, one line that names every bad file.
+    Raises InputError, one line that names every bad file, up to a hundred.
     """
     shards = open_shards(folder)
     files = shards.manifest.files
@@ -229,8 +238,9 @@ def verify(folder: Path, checksums: bool = True, on_progress: OnProgress | None 
 
     problems = [problem for name in files if (problem := shards.problem_of(name, on_bytes if checksums else None))]
     if problems:
+        named = "; ".join(problems[:_MAX_NAMED])
         raise InputError(
-            f"{folder}: bad files, {len(problems)} of {len(files)}: {'; '.join(problems)}; "
+            f"{folder}: bad files, {len(problems)} of {len(files)}: {named}; "
             "copy them again, or cut the model again with --force"
         )
     return shards
@@ -242,8 +252,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _typed(value: Any, kind: type) -> Any:
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"{value!r} where a {kind.__name__} belongs")
+    """``value``, when it is of that type; an int of 64 bits at most, so that it fits a message."""
+    too_long = isinstance(value, int) and abs(value) >= 2**63
+    if not isinstance(value, kind) or isinstance(value, bool) or too_long:
+        raise TypeError(f"{shown(value)} where a {kind.__name__} belongs")
     return value
 
 
@@ -269,4 +281,4 @@ def _described(tensor: tuple[torch.dtype | None, tuple[int, ...]] | None) -> str
     if tensor is None:
         return "none"
     dtype, shape = tensor
-    return f"{'another dtype' if dtype is None else dtype_name(dtype)} {shape}"
+    return f"{'another dtype' if dtype is None else dtype_name(dtype)} {shown(shape)}"

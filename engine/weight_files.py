@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.errors import InputError
+from engine.messages import one_line
 from engine.safetensors_writer import SAFETENSORS_DTYPES
 
 
@@ -48,7 +49,8 @@ class SafetensorsFile:
         try:
             self._file = safe_open(path, framework="pt", device="cpu")
         except SafetensorError as error:
-            raise InputError(f"{path} is truncated or not safetensors ({error}); fetch it again") from error
+            reason = one_line(str(error))
+            raise InputError(f"{path} is truncated or not safetensors ({reason}); fetch it again") from error
 
     def names(self) -> list[str]:
         return list(self._file.keys())
@@ -75,7 +77,8 @@ class SafetensorsFile:
         try:
             return self._file.get_slice(name)
         except SafetensorError as error:
-            raise InputError(f"{self.path}: cannot read {name} ({error}); fetch the file again") from error
+            what = f"{one_line(name)} ({one_line(str(error))})"
+            raise InputError(f"{self.path}: cannot read {what}; fetch the file again") from error
 
 
 class TorchFile:
@@ -161,7 +164,7 @@ def _refused_file(path: Path, error: Exception) -> InputError:
 
 def _refused_dtype(path: Path, name: str, stored: str, accepted: list[str]) -> InputError:
     return InputError(
-        f"{path}: {name} is stored as {stored}; accepted: {', '.join(accepted)}; use an unquantised model"
+        f"{path}: {one_line(name)} is stored as {stored}; accepted: {', '.join(accepted)}; use an unquantised model"
     )
 
 

@@ -5,7 +5,6 @@ comparable; whatever can be computed from those (throughput, spread, ratios) is 
 """
 
 import math
-import reprlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ import yaml
 from engine.bench.timing import HIGH_SPREAD, summarize
 from engine.errors import InputError
 from engine.files import write_whole
+from engine.messages import one_line, shown
 
 SCHEMA_VERSION = 1
 
@@ -172,6 +172,10 @@ def _headline(result: CellResult) -> str:
 _CELL_TYPES = get_type_hints(Cell)
 _RESULT_TYPES = {k: v for k, v in get_type_hints(CellResult).items() if k not in ("cell", "sweep")}
 
+# What reading damaged YAML raises: for brackets without end, a month 13, and values that do not suit their tags, such
+# as !!bool x, !!int '' and !!timestamp x.
+_NOT_YAML = (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError)
+
 _REMEDY = "delete it and run the cell again"
 
 
@@ -203,7 +207,7 @@ def is_finished(outdir: Path, cell: Cell, warn: Warn = print_warning) -> bool:
         warn(f"{error}; the cell runs again")
         return False
     if found != cell:
-        warn(f"{path}: holds another cell, {found.path(Path())}; the cell runs again")
+        warn(f"{path}: holds another cell, {one_line(str(found.path(Path())))}; the cell runs again")
         return False
     return True
 
@@ -230,22 +234,23 @@ def read_results(outdirs: Iterable[Path], warn: Warn = print_warning) -> list[Ce
 def _parse(text: str, path: Path) -> CellResult:
     try:
         fields = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a month 13 and brackets without end are the latter
+    except _NOT_YAML as error:
         raise InputError(f"{path}: not YAML; {_REMEDY}") from error
     if not isinstance(fields, dict) or "schema_version" not in fields:
         raise InputError(f"{path}: not a result file of a sweep: it has no schema_version")
     version = fields.pop("schema_version")
     if version != SCHEMA_VERSION:
         raise InputError(
-            f"{path}: has schema version {reprlib.repr(version)}, this program reads {SCHEMA_VERSION}; {_REMEDY}"
+            f"{path}: has schema version {shown(version)}, this program reads {SCHEMA_VERSION}; {_REMEDY}"
         )
     types = _CELL_TYPES | _RESULT_TYPES
     for problem, names in (("lacks", types.keys() - fields.keys()), ("has unknown", fields.keys() - types.keys())):
         if names:
-            raise InputError(f"{path}: {problem} {', '.join(sorted(map(str, names)))}; {_REMEDY}")
+            listed = ", ".join(sorted(name if isinstance(name, str) else shown(name) for name in names))
+            raise InputError(f"{path}: {problem} {one_line(listed)}; {_REMEDY}")
     for name, kind in types.items():
         if not _is_a(fields[name], kind):
-            raise InputError(f"{path}: {name} is {reprlib.repr(fields[name])}; {_REMEDY}")
+            raise InputError(f"{path}: {name} is {shown(fields[name])}; {_REMEDY}")
     fields["status"] = Status(fields["status"])
     result = CellResult(
         cell=Cell(**{name: fields.pop(name) for name in _CELL_TYPES}),
@@ -268,7 +273,8 @@ def _is_a(value: object, kind: Any) -> bool:
     if kind is Status:
         return value in list(Status)
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and 0 <= value <= sys.float_info.max
     if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**64
     return isinstance(value, kind)
