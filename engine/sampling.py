@@ -16,8 +16,8 @@ everywhere, so the same tokens pass on every device. It needs no more than the m
 Cost for 64 x 32000 float32 logits, on one thread of an AMD EPYC with torch 2.13: greedy 0.8 ms; an unrestricted draw
 5.6 (exp takes 2.1 of it, the float64 sums 1.1; a cumulative sum over the vocabulary would take 21); top-k of 50 about
 10; top-p alone 16 where 64 tokens reach it, but 300 where only a sort of the whole vocabulary does, as with random
-weights. Min-p adds a fifth of the exponential's time; log-probabilities take 3 ms, with the 20 likeliest 9. bfloat16
-logits add up to 1 ms. Work is done some rows at a time, or most of the time would go into fresh pages of memory.
+weights. bfloat16 logits add up to 1 ms. Work is done some rows at a time, or most of the time would go into fresh
+pages of memory.
 """
 
 import hashlib
