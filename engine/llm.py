@@ -203,11 +203,9 @@ class LLM:
         that the template made, which by default ends where the answer begins. ``options`` are those of ``generate``.
         Raises InputError when the model has no template, or one that does not take the messages.
         """
-        now = self.group.broadcast(datetime.now())  # templates may state it, and ranks must agree on every token
-        if self._folder is None:
-            raise InputError("random weights of a preset have no chat template; give prompts as lists of token ids")
-        template = ChatTemplate.from_folder(self._folder)
-        texts = template.render_all(conversations, now, add_generation_prompt=add_generation_prompt)
+        texts = self._chat_template.render_all(
+            conversations, self._now(), add_generation_prompt=add_generation_prompt
+        )
 
         def with_text(number: int, output: RequestOutput) -> RequestOutput:
             return replace(output, prompt=texts[number])
@@ -218,6 +216,13 @@ class LLM:
         token_ids = [self._encode_text(text, special=False) for text in texts]
         options["on_output"] = None if on_output is None else on_ids
         return [with_text(*numbered) for numbered in enumerate(self.generate(token_ids, params, **options))]
+
+    def encode_chat(self, conversation: Sequence[Message]) -> list[int]:
+        """The token ids of one conversation up to where the answer begins, as ``chat`` lays it out.
+
+        Every rank makes the same call. Raises InputError as ``chat`` does.
+        """
+        return self._encode_text(self._chat_template.render(conversation, self._now()), special=False)
 
     def append_shared(
         self,
@@ -237,6 +242,16 @@ class LLM:
     def close(self) -> None:
         """Leaves the group. Call it once, last, when this class joined the ranks."""
         self.group.close()
+
+    @cached_property
+    def _chat_template(self) -> ChatTemplate:
+        if self._folder is None:
+            raise InputError("random weights of a preset have no chat template; give prompts as lists of token ids")
+        return ChatTemplate.from_folder(self._folder)
+
+    def _now(self) -> datetime:
+        """Templates may state it, and ranks must agree on every token."""
+        return self.group.broadcast(datetime.now())
 
     def _encode(self, prompts: Sequence[Prompt], special: bool) -> list[Sequence[int]]:
         if isinstance(prompts, str):

@@ -297,7 +297,7 @@ class TestLLM:
         assert outputs[1].prompt == "<s>[INST] Two? [/INST]"
 
     def test_without_the_prompt_for_an_answer(self, llm, monkeypatch):
-        monkeypatch.setattr(engine.llm.ChatTemplate, "from_folder", lambda _: ChatTemplate(CHATML, TOKENS, "f"))
+        monkeypatch.setattr(llm, "_chat_template", ChatTemplate(CHATML, TOKENS, "f"))
         prompts = [llm.chat([user("x")], GREEDY, add_generation_prompt=add)[0].prompt for add in (True, False)]
         assert prompts[0] == prompts[1] + "<|im_start|>assistant\n"
 
