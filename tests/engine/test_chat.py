@@ -8,7 +8,6 @@ from chat_templates import ALL, CHATML, GLM, LLAMA_2, LLAMA_3
 from checkpoints import save_tiny
 from ranks import run_ranks
 
-import engine.llm
 from engine import LLM, SamplingParams
 from engine.chat import ChatTemplate, plain_messages
 from engine.errors import InputError
