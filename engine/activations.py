@@ -3,13 +3,12 @@
 Shapes: T tokens of a forward pass, C of them at once in projections and MLP, B sequences.
 """
 
-from collections.abc import Container
-
+import numpy as np
 import torch
 
 from engine.config import ModelConfig
 from engine.model import PREFILL_CHUNK, Transformer
-from engine.prefix_tree import PrefixTree, levels
+from engine.prefix_tree import PrefixTree
 
 _FLOAT32 = 4
 # A merge holds two states and makes a third.
@@ -46,16 +45,18 @@ def _forward_bytes(config: ModelConfig, dtype: torch.dtype, world_size: int, T: 
     return lasting + max(attention, mlp)
 
 
-def tree_activation_bytes(model: Transformer, tree: PrefixTree, resident: Container[int]) -> int:
-    """The most that one rank takes to generate below ``tree``, of which the nodes ``resident`` need no prefill."""
+def tree_activation_bytes(
+    model: Transformer, tree: PrefixTree, new_nodes: np.ndarray, new_sequences: slice, num_sequences: int
+) -> int:
+    """The most that one rank takes to prefill nodes and the suffixes of sequences (depth-first numbers) of ``tree``,
+    and then to decode ``num_sequences``."""
+    num_tokens = _largest_prefill(tree, new_nodes, new_sequences)
     dtype = model.embedding.weight.dtype
-    num_tokens = _largest_prefill(tree, resident)
-    return activation_bytes(
-        model.config, dtype, model.group.size, num_tokens, tree.num_sequences, model.prefill_chunk
-    )
+    return activation_bytes(model.config, dtype, model.group.size, num_tokens, num_sequences, model.prefill_chunk)
 
 
-def _largest_prefill(tree: PrefixTree, resident: Container[int]) -> int:
+def _largest_prefill(tree: PrefixTree, new_nodes: np.ndarray, new_sequences: slice) -> int:
     """Tokens of the largest forward pass of a prefill: the new nodes of one depth, or all suffixes."""
-    passes = [sum(len(tree.nodes[i].tokens) for i in level if i not in resident) for level in levels(tree)]
-    return max([*passes, sum(len(suffix) for suffix in tree.suffixes)])
+    table = tree.table
+    passes = np.bincount(table.node_depth[new_nodes], weights=table.node_length[new_nodes])
+    return max(int(passes.max(initial=0)), int(table.suffix_length[new_sequences].sum()))

@@ -1,6 +1,6 @@
 """Room in the KV arena: how large it is, what is free, and what the memory allows."""
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 
 from engine.errors import InputError
 from engine.kv_cache import KVCache, SlotAllocator
@@ -20,6 +20,10 @@ def usable(free_bytes: int) -> int:
 def fits_beside(free_bytes: int, cache_bytes: int, activation_bytes: int) -> bool:
     """Whether a KV cache can be set up in free memory, and then leaves enough of it for activations."""
     return cache_bytes <= usable(free_bytes) and activation_bytes <= usable(free_bytes - cache_bytes)
+
+
+class NoRoomError(InputError):
+    """Memory has no room for what was asked."""
 
 
 class Arena:
@@ -90,11 +94,18 @@ class Arena:
         need be."""
         return self._find_size(ranges, activation_bytes) is not None
 
-    def allocate(self, ranges: Sequence[int], what: str, activation_bytes: int = 0) -> list[int]:
-        """Starts of the ranges. Raises InputError, stating what ``what`` needed, when there is no room."""
+    def allocate(
+        self, ranges: Sequence[int], what: str, activation_bytes: int = 0, *, spare: bool = False
+    ) -> list[int]:
+        """Starts of the ranges. Where the arena has to grow, ``spare`` makes it grow by more than is missing, if memory
+        has it: growing moves what is in use. Raises NoRoomError, stating what ``what`` needed, when there is no room.
+        """
         size = self._find_size(ranges, activation_bytes)
         if size is None:
-            raise InputError(self._refusal(ranges, what, activation_bytes))
+            raise NoRoomError(self._refusal(ranges, what, activation_bytes))
+        if spare and size > self.capacity:
+            most = (self._memory_limit() - activation_bytes) // self.bytes_per_token
+            size = min(most, max(size, self.capacity * 9 // 8))
         if size != self.capacity:
             self._resize(size)
         starts = self._slots.allocate_all(ranges)
@@ -104,17 +115,10 @@ class Arena:
     def free(self, start: int, length: int) -> None:
         self._slots.free(start, length)
 
-    def free_all(self, ranges: Sequence[int], starts: Sequence[int], but: Container[int] = ()) -> None:
-        """Gives back what ``allocate`` gave, but for the ranges that begin at ``but``."""
-        for start, length in zip(starts, ranges, strict=True):
-            if length and start not in but:
-                self._slots.free(start, length)
-
-    def clear(self, ranges: Sequence[int], starts: Sequence[int]) -> None:
-        """Zeroes ranges that a failed computation may have left NaN in: masked reads need every slot to be finite."""
+    def clear(self, start: int, length: int) -> None:
+        """Zeroes a range that a failed computation may have left NaN in."""
         if self.cache is not None:
-            for start, length in zip(starts, ranges, strict=True):
-                self.cache.clear(start, length)
+            self.cache.clear(start, length)
 
     def _find_size(self, ranges: Sequence[int], activation_bytes: int) -> int | None:
         """Slots of the arena, now or resized, that holds the ranges and leaves room for activations; None: no room."""

@@ -1,6 +1,6 @@
-"""The generation loop of one wave: choose a token for every sequence, drop the finished ones, run the model, repeat.
+"""Decoding: choose a token for every sequence that runs, let the finished ones go, run the model on the others.
 
-Shapes: B sequences, R active ones, V vocabulary (local to the rank unless said otherwise).
+Shapes: n prompts' samples, R sequences that run, V vocabulary (local to the rank unless said otherwise).
 """
 
 import math
@@ -11,30 +11,10 @@ import numpy as np
 import torch
 
 from engine.distributed import TPGroup
-from engine.errors import InputError
 from engine.executor import Executor
+from engine.prompt_logprobs import TokenLogprobs
+from engine.requests import Request
 from engine.sampling import Logprobs, NotFiniteError, RowParams, SamplingParams, greedy, logprobs, sample, uniforms
-from engine.stopping import StopChecker
-
-
-@dataclass(frozen=True)
-class Request:
-    """What one sequence is to generate."""
-
-    prompt: int  # the caller's number of it
-    params: SamplingParams
-    stop_ids: frozenset[int]  # a token that ends the sequence
-    draw_key: int  # 64 bits, signed; the random numbers of the sequence depend on nothing else
-    forced: tuple[int, ...] = ()  # tokens that are taken instead of chosen ones, from the first on
-    sample: int = 0  # which of the prompt's samples
-    stop_text: StopChecker | None = None  # told every token; what finds ``params.stop``
-
-    def __post_init__(self):
-        if self.params.stop and self.stop_text is None:
-            raise InputError(
-                f"stop: got {self.params.stop!r}, but there is no tokenizer to tell the text; accepted: () without "
-                "one; use stop_token_ids, or add the model's tokenizer.json"
-            )
 
 
 @dataclass
@@ -47,6 +27,7 @@ class Generated:
     top_logprobs: list[dict[int, float]] | None = None
     finish_reason: str | None = None  # "stop" or "length"
     logits: list[torch.Tensor] | None = None  # for each token the (V,) float32 logits it was chosen from
+    prompt_logprobs: TokenLogprobs | None = None  # of the first of a prompt's samples, where they were asked for
 
 
 class DecodingError(RuntimeError):
@@ -81,33 +62,27 @@ def _finish_reason(request: Request, token_ids: Sequence[int]) -> str | None:
 
 
 class _Chooser:
-    """Chooses tokens for the sequences of a wave that are still active."""
+    """Chooses tokens for the sequences of some requests."""
 
     def __init__(self, requests: Sequence[Request], vocab_start: int, group: TPGroup):
         self.requests, self.vocab_start, self.group = requests, vocab_start, group
         self.all_greedy = all(request.params.temperature == 0 for request in requests)
         self.any_forced = any(request.forced for request in requests)
-        self.keep(np.arange(len(requests)))
-
-    def keep(self, active: np.ndarray) -> None:
-        """From now on only the sequences ``active`` (R,) are chosen for."""
-        self.active = [self.requests[i] for i in active]
-        device = self.group.device
-        self.row_params = RowParams.of([request.params for request in self.active], device)
-        self.keys = torch.tensor([request.draw_key for request in self.active], dtype=torch.int64, device=device)
+        self.row_params = RowParams.of([request.params for request in requests], group.device)
+        self.keys = torch.tensor([request.draw_key for request in requests], dtype=torch.int64, device=group.device)
         self.num_logprobs = max(
-            (request.params.logprobs for request in self.active if request.params.logprobs is not None), default=None
+            (request.params.logprobs for request in requests if request.params.logprobs is not None), default=None
         )
 
-    def choose(self, logits_RV: torch.Tensor, step: int) -> torch.Tensor:
-        """``(R,)`` token ids, the same on every rank."""
+    def choose(self, logits_RV: torch.Tensor, steps: np.ndarray) -> torch.Tensor:
+        """``(R,)`` token ids, the same on every rank; ``steps`` (R,) are the tokens that each sequence has."""
         if self.all_greedy:
             tokens = greedy(logits_RV, self.vocab_start, self.group)
         else:
-            draws = uniforms(self.keys, torch.full_like(self.keys, step))
+            draws = uniforms(self.keys, torch.from_numpy(steps).to(self.keys.device))
             tokens = sample(logits_RV, self.row_params, draws, self.vocab_start, self.group)
         if self.any_forced:
-            for row, request in enumerate(self.active):
+            for row, (request, step) in enumerate(zip(self.requests, steps.tolist(), strict=True)):
                 if step < len(request.forced):
                     tokens[row] = request.forced[step]
         return tokens
@@ -134,36 +109,67 @@ class _RowLogprobs:
             result.top_logprobs.append(likeliest | {token: self.chosen[row]})
 
 
-def decode(
-    executor: Executor,
-    first_logits_BV: torch.Tensor,
-    requests: Sequence[Request],
-    *,
-    return_logits: bool = False,
-    on_tokens: Callable[[int, int], None] | None = None,
-    on_ended: Callable[[Request, Generated], None] | None = None,
-) -> list[Generated]:
-    """Generates until every sequence has ended. ``first_logits_BV`` are those of the first new token.
+class Decoder:
+    """Generates for the sequences of a tree, of which any run at a time: they are added, and leave when they end.
 
-    ``on_ended(request, what it generated)`` is called for each sequence as soon as it ends, ``on_tokens(new tokens,
-    sequences that ended)`` after every step. Raises DecodingError when logits are not finite.
+    ``requests``, ``starting_logits`` (n, V of the whole vocabulary, which the first tokens are chosen from in place of
+    the model's) and ``results`` go by depth-first numbers. ``on_ended(request, what it generated)`` is called for each
+    sequence as soon as it ends, ``on_tokens(new tokens, sequences that ended)`` after every choice.
     """
-    model, group = executor.model, executor.model.group
-    chooser = _Chooser(requests, model.head.first, group)
-    results = [_nothing_yet(request.params, return_logits) for request in requests]
-    active = np.arange(len(requests))
-    logits = first_logits_BV
-    step = 0
-    while True:
+
+    def __init__(
+        self,
+        executor: Executor,
+        requests: Sequence[Request],
+        *,
+        starting_logits: torch.Tensor | None = None,
+        return_logits: bool = False,
+        on_tokens: Callable[[int, int], None] | None = None,
+        on_ended: Callable[[Request, Generated], None] | None = None,
+    ):
+        self._executor, self._model, self._group = executor, executor.model, executor.model.group
+        self._requests, self._starting_logits, self._return_logits = requests, starting_logits, return_logits
+        self._on_tokens, self._on_ended = on_tokens, on_ended
+        self.results: list[Generated | None] = [None] * len(requests)  # None of those that have not begun
+        self.active = np.empty(0, dtype=np.int64)  # ascending
+        self._num_generated = np.empty(0, dtype=np.int64)  # (R,)
+        # (R, hidden): what the next tokens are chosen from; before that, of sequences whose last token was not run yet,
+        # these tokens (R,).
+        self._hidden: torch.Tensor | None = None
+        self._tokens: torch.Tensor | None = None
+        self._chooser: _Chooser | None = None  # for the active ones
+
+    def add(self, sequences: np.ndarray, hidden: torch.Tensor) -> None:
+        """``sequences`` (R,) run from now on; ``hidden`` (R, hidden) is what their prefill gave."""
+        for i in sequences.tolist():
+            self.results[i] = _nothing_yet(self._requests[i].params, self._return_logits)
+        if self._hidden is not None:
+            hidden = torch.cat([self._hidden, hidden])
+        order = np.argsort(np.concatenate([self.active, sequences]))
+        self.active = np.concatenate([self.active, sequences])[order]
+        self._num_generated = np.concatenate([self._num_generated, np.zeros_like(sequences)])[order]
+        self._hidden = hidden[torch.from_numpy(order).to(hidden.device)]
+        self._chooser = None
+
+    def choose(self) -> np.ndarray:
+        """Chooses the next token of every active sequence. Those that end with it are active no more: returns them.
+
+        Raises DecodingError when a sequence's logits are not finite; nothing was chosen then.
+        """
+        if self._chooser is None:
+            requests = [self._requests[i] for i in self.active]
+            self._chooser = _Chooser(requests, self._model.head.first, self._group)
+        logits = self._logits()
         try:
-            tokens = chooser.choose(logits, step)
+            tokens = self._chooser.choose(logits, self._num_generated)
         except NotFiniteError as error:
-            raise DecodingError(int(active[error.row]), results[active[error.row]].token_ids) from error
-        row_logprobs = chooser.logprobs(logits, tokens)
-        kept_logits = full_logits(logits, model.config.vocab_size, group) if return_logits else None
-        going_on = np.ones(len(active), dtype=bool)
-        for row, (i, token) in enumerate(zip(active.tolist(), tokens.tolist(), strict=True)):
-            request, result = requests[i], results[i]
+            sequence = int(self.active[error.row])
+            raise DecodingError(sequence, self.results[sequence].token_ids) from error
+        row_logprobs = self._chooser.logprobs(logits, tokens)
+        kept_logits = full_logits(logits, self._model.config.vocab_size, self._group) if self._return_logits else None
+        going_on = np.ones(len(self.active), dtype=bool)
+        for row, (i, token) in enumerate(zip(self.active.tolist(), tokens.tolist(), strict=True)):
+            request, result = self._requests[i], self.results[i]
             result.token_ids.append(token)
             if request.params.logprobs is not None:
                 row_logprobs.add(row, token, request.params.logprobs, result)
@@ -171,15 +177,46 @@ def decode(
                 result.logits.append(kept_logits[row])
             result.finish_reason = _finish_reason(request, result.token_ids)
             going_on[row] = result.finish_reason is None
-            if on_ended is not None and not going_on[row]:
-                on_ended(request, result)
-        if on_tokens is not None:
-            on_tokens(len(active), int((~going_on).sum()))
-        if not going_on.all():
-            active = active[going_on]
-            if len(active) == 0:
-                return results
-            tokens = tokens[torch.from_numpy(going_on).to(tokens.device)]
-            chooser.keep(active)
-        step += 1
-        logits = model.logits(executor.decode(active, np.full(len(active), step), tokens))
+            if self._on_ended is not None and not going_on[row]:
+                self._on_ended(request, result)
+        if self._on_tokens is not None:
+            self._on_tokens(len(self.active), int((~going_on).sum()))
+        ended = self.active[~going_on]
+        self._num_generated += 1
+        self._hidden, self._tokens = None, tokens
+        self._keep(going_on)
+        return ended
+
+    def advance(self) -> None:
+        """Runs the model on the tokens that were chosen."""
+        if len(self.active):
+            self._hidden = self._executor.decode(self.active, self._num_generated, self._tokens)
+        self._tokens = None
+
+    def drop(self, sequence: int) -> None:
+        """An active sequence does not go on. Called where tokens are to be chosen next."""
+        self.results[sequence] = None
+        self._keep(self.active != sequence)
+
+    def _keep(self, rows: np.ndarray) -> None:
+        """The rows (R,) of a mask stay."""
+        if rows.all():
+            return
+        self.active, self._num_generated, self._chooser = self.active[rows], self._num_generated[rows], None
+        mask = torch.from_numpy(rows)
+        if self._hidden is not None:
+            self._hidden = self._hidden[mask.to(self._hidden.device)] if rows.any() else None
+        if self._tokens is not None:
+            self._tokens = self._tokens[mask.to(self._tokens.device)]
+
+    def _logits(self) -> torch.Tensor:
+        """``(R, V)``: this rank's part of the logits that the next tokens are chosen from."""
+        logits = self._model.logits(self._hidden)
+        first = np.flatnonzero(self._num_generated == 0)
+        if self._starting_logits is not None and len(first):
+            head, rows = self._model.head, torch.from_numpy(first).to(logits.device)
+            whole = self._starting_logits[torch.from_numpy(self.active[first]).to(self._starting_logits.device)]
+            mine = whole[:, head.first : head.first + head.num_real].to(logits.device, torch.float32)
+            padding = (0, logits.shape[1] - head.num_real)
+            logits = logits.float().index_copy(0, rows, torch.nn.functional.pad(mine, padding, value=-math.inf))
+        return logits

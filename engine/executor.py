@@ -1,10 +1,7 @@
 """Runs the model over a prefix tree that has its place in the arena: prefill level by level, then decode steps.
 
-Shapes: B sequences, R runs of new tokens, T new tokens, N nodes, A depth of the tree.
+Shapes: B sequences, R of them or runs of new tokens, T new tokens, A depth of the tree.
 """
-
-from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,118 +9,107 @@ import torch
 from engine.attention import AttentionMethod, Placement, Runs
 from engine.kv_cache import KVCache
 from engine.model import Step, Transformer
-from engine.prefix_tree import PrefixTree, levels
+from engine.prefix_tree import PrefixTree
+from engine.prompt_logprobs import PromptLogprobs
 from kernels import AttentionPlan, Backend, Segment
 from kernels.attention import PlannedSegment
 from kernels.window import within_window
 
 
-@dataclass(frozen=True)
-class ResidentNode:
-    """A node whose keys and values are in the arena."""
-
-    slot: int  # of its first token
-    length: int
-    hidden: torch.Tensor  # (hidden,): the normalised hidden state of its last token
-
-
 class Executor:
-    """One tree, one method, one placement. Sequences are numbered depth-first, as in the tree.
+    """One tree, one method. Sequences are numbered depth-first, as in the tree, and any of them may be run.
 
-    ``resident`` holds the nodes, by index, that need no prefill.
+    ``placement`` says where those that are run lie, in ``cache``. ``node_hidden`` has the normalised hidden state of
+    the last token, (hidden,), for each node whose keys and values are there: ``prefill`` adds those that it computes,
+    and computes none of them again.
     """
 
     def __init__(
         self,
         model: Transformer,
-        cache: KVCache | None,
         method: AttentionMethod,
         tree: PrefixTree,
         placement: Placement,
-        resident: Mapping[int, ResidentNode],
+        node_hidden: dict[int, torch.Tensor],
+        cache: KVCache | None,
         backend: Backend | None = None,
     ):
-        self.model, self.cache, self.method = model, cache, method
-        self.tree, self.placement, self.backend = tree, placement, backend
+        self.model, self.method, self.tree, self.placement = model, method, tree, placement
+        self.node_hidden, self.cache, self.backend = node_hidden, cache, backend
         self.window = model.config.sliding_window
         self.device = model.embedding.weight.device
         self.dtype = model.embedding.weight.dtype
-        self.resident = resident
-        self.node_hidden = {index: node.hidden for index, node in resident.items()}
-        self.suffix_lens = np.array([len(suffix) for suffix in tree.suffixes], dtype=np.int64)
-        self.suffix_positions = np.array([tree.suffix_start(i) for i in range(tree.num_sequences)], dtype=np.int64)
-        self.paths = _leaf_paths(tree)
         self._active = np.empty(0, dtype=np.int64)
+        self._paths = np.empty((0, 0), dtype=np.int64)  # (A, R) of the active ones
         self._shared_plan: list[PlannedSegment] = []
 
-    def prefill(self) -> torch.Tensor:
-        """``(B, hidden)``: the hidden state that each sequence's first new token is chosen from.
+    def prefill(self, sequences: np.ndarray, prompt_logprobs: PromptLogprobs | None = None) -> torch.Tensor:
+        """``(R, hidden)``: the hidden state that the first new token of each of ``sequences`` (R,) is chosen from.
 
-        Nodes are computed from the roots down, all nodes of one depth in one forward pass; then all suffixes.
+        ``sequences`` ascend. Nodes are computed from the roots down, all nodes of one depth in one forward pass; then
+        all suffixes. ``prompt_logprobs`` is told the hidden states of what it asks for.
         """
-        tree = self.tree
-        for index, node in self.resident.items():
-            self._copy_below(index, node.slot)
-        for level in levels(tree):
-            new = [index for index in level if index not in self.node_hidden]
-            if new:
-                hidden = self._forward([tree.nodes[i].tokens for i in new], self._node_runs(new), last_only=True)
-                self.node_hidden.update(zip(new, hidden.unbind(0), strict=True))
-                for index in new:
-                    self._copy_below(index, int(self.placement.node_starts[index]))
-        rows = {int(i): row for row, i in enumerate(np.flatnonzero(self.suffix_lens))}
-        hidden = None
-        if rows:
-            active = np.array(list(rows), dtype=np.int64)
-            runs = self._suffix_runs(active, self.suffix_lens[active], self.suffix_lens[active])
-            hidden = self._forward([tree.suffixes[i] for i in rows], runs, last_only=True)
-        return torch.stack(
-            [
-                hidden[rows[i]] if i in rows else self.node_hidden[tree.leaf_nodes[i]]
-                for i in range(tree.num_sequences)
-            ]
-        )
+        tree, table = self.tree, self.tree.table
+        paths = tree.paths(table.leaf_node[sequences])
+        for nodes in (np.unique(level[level >= 0]) for level in paths):
+            new = np.array([node for node in nodes.tolist() if node not in self.node_hidden], dtype=np.int64)
+            if len(new):
+                asked = None if prompt_logprobs is None else prompt_logprobs.nodes_asked(new)
+                states = self._forward([tree.nodes[i].tokens for i in new], self._node_runs(new), asked)
+                for index, node in enumerate(new.tolist()):
+                    if asked is not None and asked[index]:
+                        prompt_logprobs.score_node(node, self._end_of(tree.nodes[node].parent), states[index])
+                    self.node_hidden[node] = states[index][-1].clone()  # a view would keep all of them
+            for node in nodes.tolist():
+                self._copy_below(node, sequences)
+        lens = table.suffix_length[sequences]
+        longer = sequences[lens > 0]
+        ends = {}
+        if len(longer):
+            asked = None if prompt_logprobs is None else prompt_logprobs.suffixes_asked(longer)
+            runs = self._suffix_runs(longer, paths[:, lens > 0], lens[lens > 0], lens[lens > 0])
+            states = self._forward([tree.suffixes[i] for i in longer], runs, asked)
+            for index, i in enumerate(longer.tolist()):
+                if asked is not None and asked[index]:
+                    prompt_logprobs.score_suffix(i, self._end_of(tree.leaf_nodes[i]), states[index])
+                ends[i] = states[index][-1]
+        return torch.stack([ends[i] if i in ends else self._end_of(tree.leaf_nodes[i]) for i in sequences.tolist()])
 
     def decode(self, active: np.ndarray, num_generated: np.ndarray, tokens: torch.Tensor) -> torch.Tensor:
         """One new token for each sequence of ``active`` (R,), which has ``num_generated`` (R,) with the new one.
 
-        Returns ``(R, hidden)``.
+        ``active`` ascends. Returns ``(R, hidden)``.
         """
-        own_lens = self.suffix_lens[active] + num_generated
-        runs = self._suffix_runs(active, np.ones_like(active), own_lens)
+        is_same = np.array_equal(active, self._active)
+        if not is_same:
+            self._active, self._paths = active, self.tree.paths(self.tree.table.leaf_node[active])
+        own_lens = self.tree.table.suffix_length[active] + num_generated
+        runs = self._suffix_runs(active, self._paths, np.ones_like(active), own_lens)
         positions = runs.positions + own_lens - 1
-        # A window moves with every step.
-        if self.window is not None or not np.array_equal(active, self._active):
+        if self.window is not None or not is_same:  # a window moves with every step
             shared_segments = self.method.shared_segments(self.tree, self.placement, runs)
             self._shared_plan = self._plan(shared_segments, positions)
-            self._active = active
         plan = AttentionPlan(self._plan(self.method.own_segments(runs), positions) + self._shared_plan)
         slots = runs.own_starts + own_lens - 1
         step = Step(tokens, self._tensor(positions), self._tensor(slots) if self.cache else None, None)
         return self.model(step, plan, self.cache)
 
-    def new_nodes(self) -> dict[int, ResidentNode]:
-        """The nodes that ``prefill`` computed, as they lie in the arena, where they take nothing without a cache."""
-        starts = self.placement.node_starts
-        return {
-            i: ResidentNode(int(starts[i]), len(self.tree.nodes[i].tokens) if self.cache else 0, hidden)
-            for i, hidden in self.node_hidden.items()
-            if i not in self.resident
-        }
-
-    def _forward(self, tokens: list[np.ndarray], runs: Runs, last_only: bool) -> torch.Tensor:
-        """Hidden states of all tokens of the runs, or of each run's last one."""
+    def _forward(self, tokens: list[np.ndarray], runs: Runs, whole: np.ndarray | None) -> list[torch.Tensor]:
+        """Each run's hidden states: of all its tokens where ``whole`` (R,) says so, else of its last one."""
         segments = self.method.own_segments(runs) + self.method.shared_segments(self.tree, self.placement, runs)
         within = np.concatenate([np.arange(n) for n in runs.num_new])
         positions = np.repeat(runs.positions, runs.num_new) + within
         slots = np.repeat(runs.own_starts, runs.num_new) + within
+        is_last = within == np.repeat(runs.num_new, runs.num_new) - 1
+        wanted = is_last if whole is None else is_last | np.repeat(whole, runs.num_new)
         step = Step(
             self._tensor(np.concatenate(tokens)),
             self._tensor(positions),
             self._tensor(slots) if self.cache else None,
-            self._tensor(runs.q_offsets[1:] - 1) if last_only else None,
+            self._tensor(np.flatnonzero(wanted)),
         )
-        return self.model(step, AttentionPlan(self._plan(segments, positions)), self.cache)
+        hidden = self.model(step, AttentionPlan(self._plan(segments, positions)), self.cache)
+        return list(hidden.split(np.diff(np.flatnonzero(is_last[wanted]), prepend=-1).tolist()))
 
     def _plan(self, segments: list[Segment], q_positions: np.ndarray) -> list[PlannedSegment]:
         if self.window is not None:
@@ -133,42 +119,37 @@ class Executor:
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self.device, non_blocking=True)
 
-    def _copy_below(self, index: int, source: int) -> None:
+    def _end_of(self, node: int) -> torch.Tensor | None:
+        """The hidden state of a node's last token; None of no node, -1."""
+        return self.node_hidden[node] if node >= 0 else None
+
+    def _copy_below(self, node: int, sequences: np.ndarray) -> None:
+        """Copies a node to where those of ``sequences`` that are below it keep their own."""
         if self.cache is None:
             return
-        node = self.tree.nodes[index]
-        targets = [t for t in self.method.copies(self.tree, self.placement, node) if t != source]
-        self.cache.copy(source, len(node.tokens), targets)
+        source = int(self.placement.node_starts[node])
+        targets = [target for target in self.placement.copies(node, sequences).tolist() if target != source]
+        self.cache.copy(source, len(self.tree.nodes[node].tokens), targets)
 
-    def _node_runs(self, nodes: list[int]) -> Runs:
+    def _node_runs(self, nodes: np.ndarray) -> Runs:
         """All tokens of some nodes of one depth."""
-        tree = self.tree
-        lens = np.array([len(tree.nodes[i].tokens) for i in nodes], dtype=np.int64)
-        depth = tree.nodes[nodes[0]].depth
-        leaves = [tree.nodes[i].first_leaf for i in nodes]
+        table = self.tree.table
+        lens = table.node_length[nodes]
         return Runs(
             num_new=lens,
-            positions=np.array([tree.nodes[i].start for i in nodes], dtype=np.int64),
+            positions=table.node_position[nodes],
             own_starts=self.placement.node_starts[nodes],
             own_lens=lens,
             own_rooms=lens,
-            paths=self.paths[:depth, leaves],
+            paths=self.tree.paths(table.node_parent[nodes]),
         )
 
-    def _suffix_runs(self, active: np.ndarray, num_new: np.ndarray, own_lens: np.ndarray) -> Runs:
+    def _suffix_runs(self, sequences: np.ndarray, paths: np.ndarray, num_new: np.ndarray, own_lens: np.ndarray) -> Runs:
         return Runs(
             num_new=num_new,
-            positions=self.suffix_positions[active],
-            own_starts=self.placement.suffix_starts[active],
+            positions=self.tree.table.suffix_position[sequences],
+            own_starts=self.placement.suffix_starts(sequences),
             own_lens=own_lens,
-            own_rooms=self.placement.suffix_rooms[active],
-            paths=self.paths[:, active],
+            own_rooms=self.placement.suffix_rooms(sequences),
+            paths=paths,
         )
-
-
-def _leaf_paths(tree: PrefixTree) -> np.ndarray:
-    """(A, B) int64: the node at each depth above each sequence's suffix, -1 past the last one."""
-    paths = np.full((max((n.depth for n in tree.nodes), default=-1) + 1, tree.num_sequences), -1, dtype=np.int64)
-    for node in tree.nodes:
-        paths[node.depth, node.first_leaf : node.first_leaf + node.num_leaves] = node.index
-    return paths

@@ -7,7 +7,8 @@ alone, and every layer's output is looked at.
 import numpy as np
 import torch
 
-from engine.attention import AttentionMethod
+from engine.attention import AttentionMethod, Keeps
+from engine.attention.placement import place_in_order
 from engine.executor import Executor
 from engine.kv_cache import KVCache
 from engine.model import Transformer
@@ -32,7 +33,7 @@ def first_not_finite(model: Transformer, method: AttentionMethod, tokens: list[i
     parts += [("the last norm", model.norm)]
     hooks = [module.register_forward_hook(look(name)) for name, module in parts]
     try:
-        hidden = _executor(model, method, tokens).prefill()
+        hidden = _executor(model, method, tokens).prefill(np.array([0]))
         logits = model.logits(hidden)[:, : model.head.num_real]
     finally:
         for hook in hooks:
@@ -44,10 +45,9 @@ def first_not_finite(model: Transformer, method: AttentionMethod, tokens: list[i
 
 def _executor(model: Transformer, method: AttentionMethod, tokens: list[int]) -> Executor:
     """Of one sequence, in a cache of its own."""
-    tree, rooms = build_from_prompts([tokens]), np.array([len(tokens)])
-    ranges = method.ranges(tree, rooms, {})
-    placement = method.place(tree, rooms, {}, [sum(ranges[:i]) for i in range(len(ranges))])
+    tree = build_from_prompts([tokens])
+    placement, num_slots = place_in_order(tree, method.keeps, np.array([len(tokens)]))
     weight, cache = model.embedding.weight, None
-    if method.uses_cache:
-        cache = KVCache(model.config, model.num_kv_heads, sum(ranges), weight.dtype, weight.device)
-    return Executor(model, cache, method, tree, placement, {})
+    if method.keeps is not Keeps.NOTHING:
+        cache = KVCache(model.config, model.num_kv_heads, num_slots, weight.dtype, weight.device)
+    return Executor(model, method, tree, placement, {}, cache)

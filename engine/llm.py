@@ -12,11 +12,14 @@ import torch
 
 from engine.attention import get_method
 from engine.chat import ChatTemplate, Message
-from engine.decoding import Generated, Request
+from engine.decoding import Generated
 from engine.distributed import TPGroup, init_group
-from engine.engine import Engine, Levels, OnTokens
+from engine.engine import Engine, Levels
 from engine.errors import InputError
+from engine.generation import OnFailed, OnTokens
 from engine.loader import load_model
+from engine.prompt_logprobs import TokenLogprobs
+from engine.requests import Request
 from engine.sampling import SamplingParams
 from engine.stopping import cut_at_stop
 from engine.tokenizer import Tokenizer
@@ -48,6 +51,9 @@ class RequestOutput:
     prompt: str | None  # the whole text, all ``PromptLevels`` joined; None when it was given as token ids
     prompt_token_ids: Sequence[int]  # likewise; kept levels above it are in neither
     outputs: tuple[CompletionOutput, ...]
+    # Of each token of the prompt, natural log, None of the first; and as in ``CompletionOutput.top_logprobs``.
+    prompt_logprobs: tuple[float | None, ...] | None = None  # None unless asked for
+    prompt_top_logprobs: tuple[dict[int, float] | None, ...] | None = None
 
 
 # Called with a prompt's number, in the caller's order, and its output.
@@ -155,18 +161,23 @@ class LLM:
         planned_length: int | None = None,
         on_tokens: OnTokens | None = None,
         on_output: OnOutput | None = None,
+        on_failed: OnFailed | None = None,
+        repeats_differ: bool = True,
     ) -> list[RequestOutput]:
         """For each prompt, in the caller's order, ``params.n`` samples.
 
         Shared prefixes of ``min_shared`` tokens (``MIN_SHARED_TOKENS`` if not given) or more are found by themselves;
         or they are laid out by hand with ``PromptLevels``. ``on_output`` is called with (the prompt's number, its
-        output) as soon as the last of its samples ends. The other arguments are those of ``Engine.generate``.
+        output) as soon as the last of its samples ends. With ``on_failed``, a prompt that alone has no room in memory,
+        or whose logits are not finite, is told to it as (its number, what is wrong) and left out of what is returned;
+        without it the first one raises. A prompt that can be told to be wrong before anything runs always raises: for
+        prompts that come from elsewhere, ask ``check_prompt`` of each. The others are those of ``Engine.generate``.
         """
         laid_out = isinstance(prompts, PromptLevels)
         levels = prompts.levels if laid_out else [prompts]
+        top = shared_cache_op == "wipe" or self.engine.num_shared_levels == 0
         if not laid_out and shared_cache_op == "wipe" and any(isinstance(p, str) and not p for p in prompts):
             raise InputError("a prompt is empty text; accepted: text or token ids; fill it, or give it [bos_token_id]")
-        top = shared_cache_op == "wipe" or self.engine.num_shared_levels == 0
         encoded = [self._encode(level, special=top and number == 0) for number, level in enumerate(levels)]
         if min_shared is None and top and not laid_out and shared_cache_op != "extend":
             min_shared = MIN_SHARED_TOKENS
@@ -185,6 +196,8 @@ class LLM:
             planned_length=planned_length,
             on_tokens=on_tokens,
             on_ended=outputs.add,
+            on_failed=None if on_failed is None else _Once(on_failed),
+            repeats_differ=repeats_differ,
         )
         return outputs.in_order()
 
@@ -207,15 +220,23 @@ class LLM:
             conversations, self._now(), add_generation_prompt=add_generation_prompt
         )
 
-        def with_text(number: int, output: RequestOutput) -> RequestOutput:
-            return replace(output, prompt=texts[number])
+        outputs: dict[int, RequestOutput] = {}
 
-        def on_ids(number: int, output: RequestOutput) -> None:
-            on_output(number, with_text(number, output))
+        def with_text(number: int, output: RequestOutput) -> None:
+            outputs[number] = replace(output, prompt=texts[number])
+            if on_output is not None:
+                on_output(number, outputs[number])
 
         token_ids = [self._encode_text(text, special=False) for text in texts]
-        options["on_output"] = None if on_output is None else on_ids
-        return [with_text(*numbered) for numbered in enumerate(self.generate(token_ids, params, **options))]
+        self.generate(token_ids, params, on_output=with_text, **options)
+        return [output for _, output in sorted(outputs.items())]
+
+    def encode(self, prompt: str) -> list[int]:
+        """The token ids of one prompt as ``generate`` makes them of text, special tokens included.
+
+        Raises InputError for text that is no Unicode, and when the model came without a tokenizer.
+        """
+        return self._encode_text(prompt, special=True)
 
     def encode_chat(self, conversation: Sequence[Message]) -> list[int]:
         """The token ids of one conversation up to where the answer begins, as ``chat`` lays it out.
@@ -223,6 +244,11 @@ class LLM:
         Every rank makes the same call. Raises InputError as ``chat`` does.
         """
         return self._encode_text(self._chat_template.render(conversation, self._now()), special=False)
+
+    def check_prompt(self, token_ids: Sequence[int], params: SamplingParams) -> None:
+        """Raises InputError for a prompt that ``generate`` could serve beside no other: an empty one, ids outside the
+        vocabulary, more tokens than the model has positions, parameters that do not fit the model."""
+        self.engine.check_prompt(token_ids, params)
 
     def append_shared(
         self,
@@ -266,6 +292,18 @@ class LLM:
         return self.tokenizer.encode(text, add_special_tokens=special)
 
 
+class _Once:
+    """Tells once of a prompt that it failed, though each of its samples may."""
+
+    def __init__(self, on_failed: OnFailed):
+        self._on_failed, self._numbers = on_failed, set()
+
+    def __call__(self, number: int, message: str) -> None:
+        if number not in self._numbers:
+            self._numbers.add(number)
+            self._on_failed(number, message)
+
+
 class _Outputs:
     """The outputs of one call, put together as its sequences end."""
 
@@ -280,16 +318,26 @@ class _Outputs:
         self._levels, self._encoded, self._parents = levels, encoded, parents
         self._tokenizer, self._on_output = tokenizer, on_output
         self._samples: dict[int, dict[int, CompletionOutput]] = defaultdict(dict)
+        self._prompt_logprobs: dict[int, TokenLogprobs] = {}  # of prompts that have not finished
         self._finished: dict[int, RequestOutput] = {}
 
     def add(self, request: Request, generated: Generated) -> None:
         """One sequence has ended."""
         number, samples = request.prompt, self._samples[request.prompt]
         samples[request.sample] = self._sample(request, generated)
+        if generated.prompt_logprobs is not None:
+            self._prompt_logprobs[number] = generated.prompt_logprobs
         if len(samples) < request.params.n:
             return
         text, ids = (whole[number] for whole in self._prompts)
-        output = RequestOutput(text, ids, tuple(samples[index] for index in range(request.params.n)))
+        of_prompt = self._prompt_logprobs.pop(number, None)
+        output = RequestOutput(
+            text,
+            ids,
+            tuple(samples[index] for index in range(request.params.n)),
+            None if of_prompt is None else tuple(of_prompt.chosen),
+            None if of_prompt is None or of_prompt.top is None else tuple(of_prompt.top),
+        )
         self._finished[number] = output
         del self._samples[number]
         if self._on_output is not None:

@@ -9,6 +9,7 @@ the caller's numbering. Siblings stand in the order in which they first occur in
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -34,6 +35,30 @@ class Node:
 
 
 @dataclass(frozen=True, eq=False)
+class TreeTable:
+    """A tree's numbers, for work on many nodes or sequences at once: int64, (N,) for its nodes, (B,) for sequences."""
+
+    node_parent: np.ndarray  # (N,) as ``Node.parent`` and so on
+    node_depth: np.ndarray
+    node_length: np.ndarray
+    node_position: np.ndarray  # of the first token: the tokens above
+    node_first: np.ndarray  # the sequences below a node are node_first : node_last
+    node_last: np.ndarray
+    leaf_node: np.ndarray  # (B,)
+    suffix_position: np.ndarray  # of a sequence's first suffix token: the tokens that its nodes hold
+    suffix_length: np.ndarray
+
+    @classmethod
+    def of(cls, tree: "PrefixTree") -> "TreeTable":
+        rows = [(n.parent, n.depth, len(n.tokens), n.start, n.first_leaf, n.num_leaves) for n in tree.nodes]
+        parent, depth, length, position, first, count = np.array(rows, dtype=np.int64).reshape(-1, 6).T
+        leaf_node = np.array(tree.leaf_nodes, dtype=np.int64)
+        ends = np.append(position + length, 0)  # the last one for sequences without a node, whose number is -1
+        suffix_length = np.array([len(suffix) for suffix in tree.suffixes], dtype=np.int64)
+        return cls(parent, depth, length, position, first, first + count, leaf_node, ends[leaf_node], suffix_length)
+
+
+@dataclass(frozen=True, eq=False)
 class PrefixTree:
     """Shared nodes and what each sequence adds to them. Made by the builders of this module, not by hand.
 
@@ -48,6 +73,25 @@ class PrefixTree:
     @property
     def num_sequences(self) -> int:
         return len(self.order)
+
+    @cached_property
+    def table(self) -> TreeTable:
+        return TreeTable.of(self)
+
+    def paths(self, nodes: np.ndarray) -> np.ndarray:
+        """(A, R) int64: the nodes at each depth down to each of ``nodes`` (R,), itself included, -1 below it.
+
+        A is the largest number of nodes on one of these paths. A node of -1 has an empty one.
+        """
+        table, current = self.table, np.array(nodes, dtype=np.int64)
+        depths = np.where(current >= 0, np.append(table.node_depth, -1)[current], -1)
+        paths = np.full((int(depths.max(initial=-1)) + 1, len(current)), -1, dtype=np.int64)
+        rows = np.flatnonzero(current >= 0)
+        while len(rows):
+            paths[table.node_depth[current[rows]], rows] = current[rows]
+            current[rows] = table.node_parent[current[rows]]
+            rows = rows[current[rows] >= 0]
+        return paths
 
     def leaf_path(self, i: int) -> list[int]:
         """Indices of the nodes above sequence ``i``'s suffix, from the root down."""

@@ -75,6 +75,7 @@ class SamplingParams:
     min_p: float = 0.0  # drop tokens less probable than this times the likeliest one; 0 keeps all
     stop: str | tuple[str, ...] = ()  # texts that end a sequence where they first occur in what it generated
     include_stop_str_in_output: bool = False  # whether the text ends after the stop string, or before it
+    prompt_logprobs: int | None = None  # likewise of each token of the prompt
 
     def __post_init__(self):
         whole = "an integer of 1 or more"
@@ -89,9 +90,11 @@ class SamplingParams:
         self._check("ignore_eos", isinstance(self.ignore_eos, bool), "True or False", "use one of these")
         in_range = _is_int(self.seed) and 0 <= self.seed < 2**63
         self._check("seed", in_range, "an integer from 0 to 2**63 - 1", "use one of these")
-        known = self.logprobs is None or (_is_int(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS)
-        accepted = f"None, or an integer from 0 (the chosen token's alone) to {MAX_LOGPROBS}"
-        self._check("logprobs", known, accepted, "use one of these")
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            known = count is None or (_is_int(count) and 0 <= count <= MAX_LOGPROBS)
+            accepted = f"None, or an integer from 0 (the token's own alone) to {MAX_LOGPROBS}"
+            self._check(name, known, accepted, "use one of these")
         in_range = _is_real(self.min_p) and 0 <= self.min_p <= 1
         self._check("min_p", in_range, "a number from 0 to 1", "use 0 to keep all tokens")
         listed = isinstance(self.stop, str | list | tuple | set | frozenset)

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from engine.activations import tree_activation_bytes
 from engine.arena import Arena
-from engine.attention import AttentionMethod, get_method
+from engine.attention import AttentionMethod, Keeps, get_method
 from engine.errors import InputError
-from engine.executor import Executor, ResidentNode
+from engine.executor import Executor
 from engine.finiteness import first_not_finite
 from engine.model import Transformer
 from engine.prefix_tree import PrefixTree, build_from_levels
+from engine.tree_room import ResidentNode, TreeRoom
 
 
 class SharedLevels:
@@ -35,8 +35,8 @@ class SharedLevels:
 
     def check(self, method: AttentionMethod) -> None:
         """Raises InputError when ``method`` cannot continue what is kept."""
-        keyless = [m.name for m in self._methods if not m.uses_cache]
-        if method.uses_cache and keyless:
+        keyless = [m.name for m in self._methods if m.keeps is Keeps.NOTHING]
+        if method.keeps is not Keeps.NOTHING and keyless:
             raise InputError(
                 f"kept levels were computed with attention {keyless[0]!r}, which keeps no keys for {method.name!r} to "
                 "read; empty or truncate them first, or use shared_cache_op='wipe'"
@@ -108,35 +108,40 @@ class SharedLevels:
 
         Returns the hidden state after each entry's last token, (n, hidden), in the order of ``prompts``.
         """
-        # A kept node has a range of its own. The baseline, which has none for nodes, gets an exact level all the same.
-        layout = method if method.own_node_ranges or not method.uses_cache else get_method("hydragen")
-        resident = self.resident(tree)
-        slots = {i: node.slot for i, node in resident.items()}
+        # The baseline, which has no node by itself, gets an exact level all the same.
+        layout = method if method.keeps is not Keeps.HISTORIES else get_method("hydragen")
         rooms = np.zeros(tree.num_sequences, dtype=np.int64)
-        ranges = layout.ranges(tree, rooms, slots)
-        needed = tree_activation_bytes(self._model, tree, resident)
+        resident = self.resident(tree)
         self._arena.begin_call()
-        starts = self._arena.allocate(ranges, "the shared level", needed)
+        room = TreeRoom(self._arena, self._model, tree, layout, rooms, resident)
         try:
-            placement = layout.place(tree, rooms, slots, starts)
-            cache = self._arena.cache if method.uses_cache else None
-            executor = Executor(self._model, cache, layout, tree, placement, resident)
-            hidden = executor.prefill()
-            self._check_finite(hidden, tree, layout)
+            hidden = self._prefill(tree, layout, room)
         except BaseException:
-            self._arena.clear(ranges, starts)
-            self._arena.free_all(ranges, starts)
+            room.expect_nan()
+            room.close()
             raise
-        new_nodes = executor.new_nodes()
-        kept = {key: new_nodes[i] for i, key in enumerate(_path_keys(tree)) if i not in resident}  # one of each path
-        self._nodes |= kept
-        self._arena.free_all(ranges, starts, but={node.slot for node in kept.values()})
+        one_of_each = {key: i for i, key in enumerate(_path_keys(tree)) if i not in resident}
+        kept = room.hand_over(one_of_each.values())
+        self._nodes |= {key: kept[i] for key, i in one_of_each.items()}
+        room.close()
         if self.levels:
             self.parents.append(self._owners(len(prompts), parents))
         self.levels.append([np.asarray(entry, dtype=np.int64) for entry in prompts])
         self._methods.append(method)
         self._rope_length = rope_length
         return hidden[torch.from_numpy(np.argsort(tree.order)).to(hidden.device)]
+
+    def _prefill(self, tree: PrefixTree, layout: AttentionMethod, room: TreeRoom) -> torch.Tensor:
+        """The hidden states at the ends of all sequences, (B, hidden), which are finite."""
+        executor = Executor(self._model, layout, tree, room.placement, room.node_hidden, None)
+        hidden = []
+        while room.num_waiting:
+            sequences = room.admit(room.num_waiting, "the shared level")
+            executor.cache = self._arena.cache if layout.keeps is not Keeps.NOTHING else None
+            hidden.append(executor.prefill(sequences))
+        hidden = torch.cat(hidden)
+        self._check_finite(hidden, tree, layout)
+        return hidden
 
     def _check_finite(self, hidden: torch.Tensor, tree: PrefixTree, layout: AttentionMethod) -> None:
         broken = (~hidden.isfinite().all(-1)).nonzero()

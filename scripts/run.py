@@ -60,6 +60,9 @@ def generate(
         int | None,
         typer.Option(help="With --jsonl: log-probabilities of each token, and of this many of the likeliest, 0 to 20."),
     ] = None,
+    prompt_logprobs: Annotated[
+        int | None, typer.Option(help="With --jsonl: likewise of each token of the prompt, 0 to 20.")
+    ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")] = False,
     attention: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")] = "hydragen",
     disable_hierarchy: Annotated[bool, typer.Option("--disable-hierarchy", help="Share the first level only.")] = False,
@@ -91,8 +94,9 @@ def generate(
         raise InputError("give prompts in one way: either --prompts, once for each level, or --prompt-file")
     if system is not None and not chat:
         raise InputError("--system gives a system message, which only a conversation has; add --chat, or leave it out")
-    if logprobs is not None and not jsonl:
-        raise InputError(f"--logprobs {logprobs} has no place in text; add --jsonl, or leave it out")
+    for option, count in (("--logprobs", logprobs), ("--prompt-logprobs", prompt_logprobs)):
+        if count is not None and not jsonl:
+            raise InputError(f"{option} {count} has no place in text; add --jsonl, or leave it out")
     if output is not None:
         _check_output(output)
     params = SamplingParams(
@@ -106,6 +110,7 @@ def generate(
         stop_token_ids=tuple(stop_token_id or ()),
         stop=tuple(stop or ()),
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
         ignore_eos=ignore_eos,
     )
     if chat:
@@ -145,10 +150,14 @@ def _as_json(result: RequestOutput) -> str:
     outputs = []
     for o in result.outputs:
         record = {"text": o.text, "token_ids": o.token_ids, "finish_reason": o.finish_reason}
-        asked_for = {"logprobs": o.logprobs, "top_logprobs": o.top_logprobs}
-        outputs.append(record | {name: value for name, value in asked_for.items() if value is not None})
+        outputs.append(record | _given(logprobs=o.logprobs, top_logprobs=o.top_logprobs))
     prompt = result.prompt if result.prompt is not None else list(result.prompt_token_ids)
-    return json.dumps({"prompt": prompt, "outputs": outputs}, ensure_ascii=False) + "\n"
+    of_prompt = _given(prompt_logprobs=result.prompt_logprobs, prompt_top_logprobs=result.prompt_top_logprobs)
+    return json.dumps({"prompt": prompt, **of_prompt, "outputs": outputs}, ensure_ascii=False) + "\n"
+
+
+def _given(**values: object) -> dict[str, object]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _as_text(result: RequestOutput) -> str:

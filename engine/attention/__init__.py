@@ -1,9 +1,10 @@
 """The registry of attention methods. A new method is one file and one line here."""
 
 from engine.attention.hydragen import Hydragen
-from engine.attention.method import AttentionMethod, Placement, Runs
+from engine.attention.method import AttentionMethod, Runs
 from engine.attention.noattention import NoAttention
 from engine.attention.noshared import HydragenNoShared
+from engine.attention.placement import Keeps, Placement
 from engine.errors import InputError
 
 METHODS: dict[str, AttentionMethod] = {m.name: m for m in (Hydragen(), HydragenNoShared(), NoAttention())}
@@ -15,4 +16,4 @@ def get_method(name: str) -> AttentionMethod:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "AttentionMethod", "Placement", "Runs", "get_method"]
+__all__ = ["METHODS", "AttentionMethod", "Keeps", "Placement", "Runs", "get_method"]

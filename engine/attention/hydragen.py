@@ -7,28 +7,17 @@ work; the partial results merge exactly.
 
 import numpy as np
 
-from engine.attention.method import AttentionMethod, Placement, Runs, uniform_rooms
+from engine.attention.method import AttentionMethod, Runs
+from engine.attention.placement import Keeps
 from kernels import Segment
 
 
 class Hydragen(AttentionMethod):
     name = "hydragen"
-    own_node_ranges = True
-
-    def ranges(self, tree, rooms, resident, *, uniform=True):
-        nodes = [len(node.tokens) for node in tree.nodes if node.index not in resident]
-        return [*nodes, int((uniform_rooms(rooms) if uniform else rooms).sum())]
-
-    def place(self, tree, rooms, resident, starts, *, uniform=True):
-        remaining = iter(starts)
-        node_starts = [resident[n.index] if n.index in resident else next(remaining) for n in tree.nodes]
-        rooms = uniform_rooms(rooms) if uniform else rooms
-        suffix_starts = next(remaining) + np.cumsum(rooms) - rooms
-        return Placement(np.array(node_starts, dtype=np.int64), suffix_starts, rooms)
+    keeps = Keeps.NODES
 
     def shared_segments(self, tree, placement, runs):
-        node_lens = np.array([len(node.tokens) for node in tree.nodes], dtype=np.int64)
-        node_positions = np.array([node.start for node in tree.nodes], dtype=np.int64)
+        table = tree.table
         q_offsets = runs.q_offsets
         segments = []
         for node_of_run in runs.paths:
@@ -38,8 +27,8 @@ class Hydragen(AttentionMethod):
             first = np.flatnonzero(np.diff(node_of_run, prepend=node_of_run[0] - 1))
             nodes = node_of_run[first]
             starts = np.where(nodes >= 0, placement.node_starts[nodes], 0)
-            lens = np.where(nodes >= 0, node_lens[nodes], 0)
-            positions = np.where(nodes >= 0, node_positions[nodes], 0)
+            lens = np.where(nodes >= 0, table.node_length[nodes], 0)
+            positions = np.where(nodes >= 0, table.node_position[nodes], 0)
             offsets = np.append(q_offsets[first], q_offsets[-1])
             segments.append(Segment(offsets, starts, lens, k_positions=positions))
         return segments

@@ -1,4 +1,4 @@
-"""What an attention method is: where it keeps tokens, and which segments it plans.
+"""What an attention method is: what it keeps of a tree, and which segments it plans.
 
 Tables are numpy arrays on the host, made once per forward pass and evaluated in every layer by ``kernels``.
 
@@ -6,22 +6,13 @@ Shapes: R runs of new tokens, A depth of the prefix tree, N nodes, B sequences.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from engine.prefix_tree import Node, PrefixTree
+from engine.attention.placement import Keeps, Placement
+from engine.prefix_tree import PrefixTree
 from kernels import Segment
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where the tokens of a tree lie in the arena."""
-
-    node_starts: np.ndarray  # (N,) int64, slot of each node's first token
-    suffix_starts: np.ndarray  # (B,) int64, slot of each sequence's first own token
-    suffix_rooms: np.ndarray  # (B,) int64, slots of each sequence for its suffix and what it generates
 
 
 @dataclass(frozen=True)
@@ -48,35 +39,7 @@ class AttentionMethod(ABC):
     """Plans the segments of a forward pass. Stateless: one instance serves every call."""
 
     name: str
-    uses_cache = True  # whether keys and values are kept at all
-    own_node_ranges = False  # whether each node that is not resident has a range of its own, which can outlive the call
-
-    @abstractmethod
-    def ranges(
-        self, tree: PrefixTree, rooms: np.ndarray, resident: Mapping[int, int], *, uniform: bool = True
-    ) -> list[int]:
-        """Lengths of the contiguous arena ranges that ``place`` needs, in its order.
-
-        ``rooms`` (B,) is what each sequence needs for its suffix and new tokens; ``resident`` maps the nodes whose
-        keys and values are in the arena already to their slots. ``uniform`` allows rooms to be padded to equal ones,
-        which is faster; without it the ranges are as short as can be.
-        """
-
-    @abstractmethod
-    def place(
-        self,
-        tree: PrefixTree,
-        rooms: np.ndarray,
-        resident: Mapping[int, int],
-        starts: Sequence[int],
-        *,
-        uniform: bool = True,
-    ) -> Placement:
-        """Lays the tree out over those ranges, which begin at ``starts``. ``uniform`` is what ``ranges`` was given."""
-
-    def copies(self, tree: PrefixTree, placement: Placement, node: Node) -> list[int]:
-        """Slots to which a node's keys and values are copied before any run below it reads them."""
-        return []
+    keeps: Keeps
 
     @abstractmethod
     def shared_segments(self, tree: PrefixTree, placement: Placement, runs: Runs) -> list[Segment]:
@@ -85,13 +48,3 @@ class AttentionMethod(ABC):
     @abstractmethod
     def own_segments(self, runs: Runs) -> list[Segment]:
         """Segments that depend on the runs' own lengths, which grow with every step."""
-
-
-def uniform_rooms(rooms: np.ndarray) -> np.ndarray:
-    """Rooms (B,) made equal where that costs at most half as much again.
-
-    Equal rooms put the sequences at a constant stride, which lets a CPU evaluate them in one call.
-    """
-    if len(rooms) and rooms.max() * len(rooms) <= 1.5 * rooms.sum():
-        return np.full_like(rooms, rooms.max())
-    return rooms

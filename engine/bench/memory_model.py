@@ -3,17 +3,15 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
 import torch
 
 from engine.activations import activation_bytes
-from engine.attention import METHODS, AttentionMethod, get_method
+from engine.attention import METHODS, Keeps, get_method
 from engine.bench.results import Cell
 from engine.config import ModelConfig
 from engine.distributed import TPGroup
 from engine.kv_cache import KVCache
 from engine.model import Transformer
-from engine.prefix_tree import build_from_levels
 
 
 @dataclass(frozen=True)
@@ -38,20 +36,11 @@ def cache_tokens(cell: Cell) -> int:
     if cell.mode not in METHODS:
         return cell.batch_size * (cell.num_shared + own)
     method = get_method(cell.mode)
-    if not method.uses_cache:
+    if method.keeps is Keeps.NOTHING:
         return 0
-    # Linear in both sizes: counted for small ones, for a cell that is too large to run may be too large to lay out.
-    (t11, t12), (t21, t22) = ([_method_tokens(method, b, s, own) for s in (1, 2)] for b in (1, 2))
-    per_token, per_sequence, per_both = t12 - t11, t21 - t11, t22 - t21 - t12 + t11
-    tokens, sequences = cell.num_shared - 1, cell.batch_size - 1
-    return t11 + tokens * per_token + sequences * per_sequence + tokens * sequences * per_both
-
-
-def _method_tokens(method: AttentionMethod, batch_size: int, num_shared: int, own: int) -> int:
-    """As EngineMode runs it: the prompt is a kept level, the sequences have nothing of their own but what they
-    generate."""
-    tree = build_from_levels([[[0] * num_shared], [()] * batch_size])
-    return num_shared + sum(method.ranges(tree, np.full(batch_size, own, dtype=np.int64), {0: 0}))
+    # As EngineMode runs it: the prompt is a kept level, the sequences have nothing of their own but what they generate.
+    copied = cell.num_shared if method.keeps is Keeps.HISTORIES else 0
+    return cell.num_shared + cell.batch_size * (copied + own)
 
 
 def footprint(config: ModelConfig, world_size: int, cell: Cell) -> Footprint | None:

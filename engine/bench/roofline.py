@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from engine.attention import AttentionMethod, Runs, get_method
+from engine.attention.placement import place_in_order
 from engine.bench.timing import Timer
 from engine.prefix_tree import build_from_levels
 from engine.sharding import local_kv_heads
@@ -106,15 +107,15 @@ def _planned_keys(
 ) -> tuple[int, int]:
     tree = build_from_levels([[[0] * shared_len], [[0]] * batch])
     rooms = np.full(batch, max(unique_len, 1), dtype=np.int64)
-    lens = method.ranges(tree, rooms, {})
-    placement = method.place(tree, rooms, {}, [sum(lens[:i]) for i in range(len(lens))])
+    placement, _ = place_in_order(tree, method.keeps, rooms)
+    sequences = np.arange(batch)
     runs = Runs(
         num_new=np.ones(batch, dtype=np.int64),
         positions=np.full(batch, shared_len, dtype=np.int64),
-        own_starts=placement.suffix_starts,
+        own_starts=placement.suffix_starts(sequences),
         own_lens=np.full(batch, unique_len, dtype=np.int64),
-        own_rooms=placement.suffix_rooms,
-        paths=np.zeros((len(tree.nodes), batch), dtype=np.int64),  # the one node, if any, is above every sequence
+        own_rooms=placement.suffix_rooms(sequences),
+        paths=tree.paths(tree.table.leaf_node),
     )
     segments = [*method.shared_segments(tree, placement, runs), *method.own_segments(runs)]
     if window is not None:

@@ -173,7 +173,7 @@ def test_finished_sequences_leave_the_batch(engine, method):
     assert calls == [(5, 1), (4, 1), (3, 1), (2, 0), (2, 2)]
 
 
-def test_a_stop_token_ends_a_sequence_and_is_returned(engine):
+def test_a_stop_token_ends_a_sequence_and_is_returned(hf, engine):
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     ((whole,),) = engine.generate([PROMPTS[0]], params)
     stop = whole.token_ids[2]
@@ -181,7 +181,7 @@ def test_a_stop_token_ends_a_sequence_and_is_returned(engine):
     ((stopped,),) = engine.generate([PROMPTS[0]], replace(params, stop_token_ids=(66, stop)))
     assert (stopped.token_ids, stopped.finish_reason) == (whole.token_ids[:end], "stop")
     assert (len(whole.token_ids), whole.finish_reason) == (6, "length")
-    engine.eos_token_ids = frozenset({stop})
+    engine = our_engine(hf, eos_token_ids=[stop])
     assert outcomes(engine.generate([PROMPTS[0]], params)) == outcomes([[whole]])
     assert outcomes(engine.generate([PROMPTS[0]], replace(params, ignore_eos=False))) == outcomes([[stopped]])
 

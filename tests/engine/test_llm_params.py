@@ -39,6 +39,7 @@ def random_params(rng: random.Random) -> SamplingParams:
         stop_token_ids=rng.choice([(), (), tuple(range(0, 512, 9))]),
         ignore_eos=rng.random() < 0.5,
         logprobs=rng.choice([None, 0, 3, 20]),
+        prompt_logprobs=rng.choice([None, None, 0, 3]),
     )
 
 
@@ -58,6 +59,10 @@ def exact(output) -> tuple:
 def assert_same(outputs, expected):
     for output, other in zip(outputs, expected, strict=True):
         assert exact(output) == exact(other)
+        assert (output.prompt_logprobs is None) == (other.prompt_logprobs is None)
+        assert (output.prompt_top_logprobs is None) == (other.prompt_top_logprobs is None)
+        if output.prompt_logprobs is not None:
+            assert output.prompt_logprobs[1:] == pytest.approx(other.prompt_logprobs[1:], abs=1e-5)
         for sample, its in zip(output.outputs, other.outputs, strict=True):
             assert sample.logprobs == (its.logprobs and pytest.approx(its.logprobs, abs=1e-5))
             assert (sample.top_logprobs is None) == (its.top_logprobs is None)

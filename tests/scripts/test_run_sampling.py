@@ -26,11 +26,15 @@ def complete(model):
     """The command with the model, and what its JSON lines hold."""
 
     def command(*arguments):
-        done = run(model, "--max-tokens", 8, "--device", "cpu", "--jsonl", *arguments)
-        assert (done.status, done.stderr) == (0, "")
-        return [json.loads(line)["outputs"] for line in done.stdout.splitlines()]
+        return [line["outputs"] for line in lines(model, *arguments)]
 
     return command
+
+
+def lines(model, *arguments):
+    done = run(model, "--max-tokens", 8, "--device", "cpu", "--jsonl", *arguments)
+    assert (done.status, done.stderr) == (0, "")
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def test_min_p(complete, llm):
@@ -54,9 +58,22 @@ def test_logprobs(complete, llm, count):
         assert list(top.values()) == pytest.approx(list(its.values()))
 
 
-def test_without_being_asked_for_they_are_not_there(complete):
-    ((output,),) = complete("--prompts", "one")
-    assert output.keys() == {"text", "token_ids", "finish_reason"}
+@pytest.mark.parametrize("count", [0, 2])
+def test_prompt_logprobs(model, llm, count):
+    (line,) = lines(model, "--prompts", "one", "--prompt-logprobs", count)
+    (expected,) = llm.generate(["one"], SamplingParams(max_tokens=8, prompt_logprobs=count))
+    assert line["prompt_logprobs"][0] is None and len(line["prompt_logprobs"]) == len(expected.prompt_token_ids)
+    assert line["prompt_logprobs"][1:] == pytest.approx(expected.prompt_logprobs[1:])
+    assert ("prompt_top_logprobs" in line) == (count > 0)
+    if count:
+        found = [list(map(int, top)) for top in line["prompt_top_logprobs"][1:]]
+        assert found == [list(top) for top in expected.prompt_top_logprobs[1:]]
+
+
+def test_without_being_asked_for_they_are_not_there(model):
+    (line,) = lines(model, "--prompts", "one")
+    assert line.keys() == {"prompt", "outputs"}
+    assert line["outputs"][0].keys() == {"text", "token_ids", "finish_reason"}
 
 
 def test_stop(complete, llm):
@@ -75,8 +92,9 @@ def test_stop(complete, llm):
     [
         (["--min-p", 1.5], ["min_p: got 1.5; accepted: a number from 0 to 1"]),
         (["--stop", ""], ["stop: got ('',); accepted: a text or a list of texts, none of them empty"]),
-        (["--logprobs", 21, "--jsonl"], ["logprobs: got 21", "from 0 (the chosen token's alone) to 20"]),
+        (["--logprobs", 21, "--jsonl"], ["logprobs: got 21", "from 0 (the token's own alone) to 20"]),
         (["--logprobs", 2], ["--logprobs 2 has no place in text; add --jsonl"]),
+        (["--prompt-logprobs", 2], ["--prompt-logprobs 2 has no place in text; add --jsonl"]),
     ],
 )
 def test_mistakes(model, arguments, parts):

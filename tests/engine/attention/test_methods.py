@@ -5,11 +5,11 @@ import pytest
 import torch
 from models import hf_model, our_model
 
-from engine.arena import Arena
-from engine.attention import METHODS, Runs, get_method
-from engine.attention.method import uniform_rooms
+from engine.attention import METHODS, Keeps, Placement, Runs, get_method
+from engine.attention.placement import place_in_order
 from engine.errors import InputError
 from engine.executor import Executor
+from engine.kv_cache import KVCache
 from engine.prefix_tree import build_from_levels
 
 #   node 0: 7 8 9          positions 0-2
@@ -26,7 +26,6 @@ TREE = build_from_levels(
 )
 SUFFIX_LENS = [1, 0, 3, 2, 2]
 POSITIONS = [5, 5, 3, 1, 0]
-PATHS = np.array([[0, 0, 0, 2, -1], [1, 1, -1, -1, -1]])
 ROOMS = np.array([3, 2, 5, 4, 4])  # two new tokens each
 
 
@@ -35,10 +34,10 @@ def suffix_runs(placement, sequences, num_new, own_lens):
     return Runs(
         num_new=np.array(num_new),
         positions=np.array(POSITIONS)[s],
-        own_starts=placement.suffix_starts[s],
+        own_starts=placement.suffix_starts(s),
         own_lens=np.array(own_lens),
-        own_rooms=placement.suffix_rooms[s],
-        paths=PATHS[:, s],
+        own_rooms=placement.suffix_rooms(s),
+        paths=TREE.paths(TREE.table.leaf_node[s]),
     )
 
 
@@ -57,27 +56,18 @@ def test_the_tree_is_the_one_in_the_drawing():
     assert [len(s) for s in TREE.suffixes] == SUFFIX_LENS
 
 
-def test_hydragen_keeps_each_node_once():
-    method = get_method("hydragen")
-    assert method.ranges(TREE, ROOMS, {}) == [3, 2, 1, 25]  # all suffixes: 5 equal rooms of 5, as 25 <= 1.5 * 18
-    placement = method.place(TREE, ROOMS, {}, [100, 200, 300, 400])
-    assert placement.node_starts.tolist() == [100, 200, 300]
-    assert placement.suffix_starts.tolist() == [400, 405, 410, 415, 420]
-    assert placement.suffix_rooms.tolist() == [5] * 5
-    assert all(method.copies(TREE, placement, node) == [] for node in TREE.nodes)
-
-
-def test_hydragen_takes_resident_nodes_where_they_are():
-    method = get_method("hydragen")
-    assert method.ranges(TREE, ROOMS, {0: 77, 2: 50}) == [2, 25]
-    placement = method.place(TREE, ROOMS, {0: 77, 2: 50}, [200, 400])
-    assert placement.node_starts.tolist() == [77, 200, 50]
-    assert placement.suffix_starts[0] == 400
+def placed(first: int, slots: int) -> Placement:
+    """Of hydragen: nodes at 100, 200 and 300, sequences ``slots`` slots apart from ``first`` on."""
+    placement = Placement(TREE, Keeps.NODES)
+    placement.node_starts[:] = [100, 200, 300]
+    placement.sequence_starts[:] = first + slots * np.arange(5)
+    placement.sequence_slots[:] = slots
+    return placement
 
 
 def test_hydragen_plans_one_segment_a_level_and_one_for_the_suffixes():
     method = get_method("hydragen")
-    placement = method.place(TREE, ROOMS, {}, [100, 200, 300, 400])
+    placement = placed(400, 5)
     prefill = suffix_runs(placement, [0, 2, 3, 4], [1, 3, 2, 2], [1, 3, 2, 2])
     assert tables(method.shared_segments(TREE, placement, prefill)) == [
         ([0, 4, 6, 8], [100, 300, 0], [3, 1, 0], False),
@@ -98,7 +88,7 @@ def test_hydragen_plans_one_segment_a_level_and_one_for_the_suffixes():
 
 def test_hydragen_plans_no_level_that_nobody_left_has():
     method = get_method("hydragen")
-    placement = method.place(TREE, ROOMS, {}, [100, 200, 300, 400])
+    placement = placed(400, 5)
 
     def shared(*sequences):
         ones = [1] * len(sequences)
@@ -112,41 +102,22 @@ def test_hydragen_plans_no_level_that_nobody_left_has():
     assert shared(4) == []
 
 
-def test_noshared_gives_every_sequence_its_whole_history():
-    method = get_method("hydragen_noshared")
-    # Rooms for histories of 5 5 3 1 0 and what follows, made equal: 5 of 8, as 40 <= 1.5 * 32.
-    assert method.ranges(TREE, ROOMS, {}) == method.ranges(TREE, ROOMS, {0: 77}) == [40]
-    placement = method.place(TREE, ROOMS, {0: 77}, [100])
-    assert placement.suffix_starts.tolist() == [105, 113, 119, 125, 132]
-    assert placement.suffix_rooms.tolist() == [3, 3, 5, 7, 8]
-    assert placement.node_starts.tolist() == [100, 103, 124]  # in the room of the first sequence below each
-    assert [method.copies(TREE, placement, node) for node in TREE.nodes] == [[100, 108, 116], [103, 111], [124]]
-
-
 def test_noshared_plans_one_segment_over_whole_histories():
     method = get_method("hydragen_noshared")
-    placement = method.place(TREE, ROOMS, {}, [100])
+    placement, _ = place_in_order(TREE, Keeps.HISTORIES, ROOMS)  # histories of 5 5 3 1 0 and ROOMS: 8 7 8 5 4 slots
     prefill = suffix_runs(placement, [0, 2, 3, 4], [1, 3, 2, 2], [1, 3, 2, 2])
     assert method.shared_segments(TREE, placement, prefill) == []
-    assert tables(method.own_segments(prefill)) == [([0, 1, 4, 6, 8], [100, 116, 124, 132], [6, 6, 3, 2], True)]
-    assert method.own_segments(prefill)[0].k_rooms.tolist() == [8] * 4
+    assert tables(method.own_segments(prefill)) == [([0, 1, 4, 6, 8], [0, 15, 23, 28], [6, 6, 3, 2], True)]
+    assert method.own_segments(prefill)[0].k_rooms.tolist() == [8, 8, 5, 4]
     decode = suffix_runs(placement, [1, 2], [1, 1], [1, 4])
-    assert tables(method.own_segments(decode)) == [([0, 1, 2], [108, 116], [6, 7], True)]
+    assert tables(method.own_segments(decode)) == [([0, 1, 2], [8, 15], [6, 7], True)]
 
 
 def test_noattention_plans_and_keeps_nothing():
     method = get_method("noattention")
-    assert not method.uses_cache and method.ranges(TREE, ROOMS, {}) == []
-    placement = method.place(TREE, ROOMS, {}, [])
+    placement, num_slots = place_in_order(TREE, method.keeps, ROOMS)
     runs = suffix_runs(placement, [0, 2], [1, 3], [1, 3])
-    assert method.shared_segments(TREE, placement, runs) == method.own_segments(runs) == []
-    assert method.copies(TREE, placement, TREE.nodes[0]) == []
-
-
-def test_rooms_are_made_equal_only_where_that_is_cheap():
-    assert uniform_rooms(np.array([4, 3, 2])).tolist() == [4, 4, 4]
-    assert uniform_rooms(np.array([9, 1, 2])).tolist() == [9, 1, 2]
-    assert uniform_rooms(np.array([], dtype=np.int64)).tolist() == []
+    assert num_slots == 0 and method.shared_segments(TREE, placement, runs) == method.own_segments(runs) == []
 
 
 def test_the_registry_names_what_it_holds():
@@ -160,11 +131,12 @@ def decoded(name, poison):
     names, written between prefill and the step."""
     model = our_model(hf_model())
     model.prepare(16)
-    method, arena = get_method(name), Arena(model)
-    placement = method.place(TREE, ROOMS, {}, arena.allocate(method.ranges(TREE, ROOMS, {}), "the tree"))
-    executor = Executor(model, arena.cache, method, TREE, placement, {})
-    executor.prefill()
-    for keys, values in (arena.cache.layer(index) for index in range(model.config.num_layers)):
+    method = get_method(name)
+    placement, num_slots = place_in_order(TREE, method.keeps, ROOMS)
+    cache = KVCache(model.config, model.num_kv_heads, num_slots, torch.float32, torch.device("cpu"))
+    executor = Executor(model, method, TREE, placement, {}, cache)
+    executor.prefill(np.arange(5))
+    for keys, values in (cache.layer(index) for index in range(model.config.num_layers)):
         slots = poison(placement, len(keys))
         keys[slots] = values[slots] = float("nan")
     return executor.decode(np.array([1]), np.array([1]), torch.tensor([4]))
@@ -174,13 +146,13 @@ def test_a_sequence_of_the_baseline_reads_its_own_memory_and_nothing_else():
 
     def elsewhere(placement, capacity):
         """All slots but those of the history of 5 tokens and of the new one, which the step itself writes."""
-        first = placement.suffix_starts[1] - 5
+        first = placement.sequence_starts[1]
         return [slot for slot in range(capacity) if not first <= slot < first + 6]
 
     clean = decoded("hydragen_noshared", lambda placement, capacity: [])
     assert torch.equal(decoded("hydragen_noshared", elsewhere), clean) and clean.isfinite().all()
     for offset in range(5):
-        slot = lambda placement, capacity, offset=offset: [placement.suffix_starts[1] - 5 + offset]  # noqa: E731
+        slot = lambda placement, capacity, offset=offset: [placement.sequence_starts[1] + offset]  # noqa: E731
         assert not decoded("hydragen_noshared", slot).isfinite().any()
 
 
@@ -191,5 +163,5 @@ def test_a_sequence_of_hydragen_reads_the_nodes_above_it():
         for offset in range(length):
             slot = lambda p, capacity, node=node, offset=offset: [p.node_starts[node] + offset]  # noqa: E731
             assert not decoded("hydragen", slot).isfinite().any()
-    elsewhere = decoded("hydragen", lambda p, capacity: [p.node_starts[2], *range(p.suffix_starts[2], capacity)])
+    elsewhere = decoded("hydragen", lambda p, capacity: [p.node_starts[2], *range(p.sequence_starts[2], capacity)])
     assert torch.equal(elsewhere, clean)

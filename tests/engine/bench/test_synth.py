@@ -10,7 +10,7 @@ from ranks import World, run_ranks
 from rich.console import Console
 
 import engine.arena
-import engine.engine
+import engine.tree_room
 from engine.attention import METHODS
 from engine.attention.hydragen import Hydragen
 from engine.bench import synth
@@ -328,8 +328,8 @@ class TestRoom:
     @pytest.mark.parametrize("mode", ["hydragen", "noattention"])
     def test_a_batch_that_would_run_in_waves_is_recorded(self, sweep, monkeypatch, mode):
         """Free memory can shrink after the sweep began. What is timed is the whole batch at once, or nothing."""
-        needed = lambda model, tree, resident: 2**60 * (tree.num_sequences > 2)  # noqa: E731
-        monkeypatch.setattr(engine.engine, "tree_activation_bytes", needed)
+        needed = lambda model, tree, nodes, sequences, num_sequences: 2**60 * (num_sequences > 2)  # noqa: E731
+        monkeypatch.setattr(engine.tree_room, "tree_activation_bytes", needed)
         run(sweep(mode))
         for cell, result in results(sweep(mode)).items():
             assert result.status == (Status.OK if cell.batch_size == 2 else Status.DOES_NOT_FIT)

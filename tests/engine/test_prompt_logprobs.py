@@ -1,0 +1,116 @@
+"""Log-probabilities of prompts equal transformers', whatever they share and with whom they run."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import hf_model, our_engine, passes, reference
+from ranks import World
+from strategies import SETTINGS, prompt_sets
+
+import engine.prompt_logprobs
+from engine.errors import InputError
+from engine.sampling import SamplingParams
+
+METHODS = ["hydragen", "hydragen_noshared"]
+VOCAB_SIZE = 67
+ROOT = [5, 9, 2, 7] * 5
+PROMPTS = [[*ROOT, 1, 2], ROOT, [*ROOT, 1, 2], [*ROOT, 1, 3, 8, 8], [4], [4, 5, 5], ROOT[:7], [8, 8, 8]]
+COUNTS = [0, 3, 5, None, 2, 20, 1, 0]
+
+
+@pytest.fixture(scope="module")
+def hf():
+    return hf_model()
+
+
+def check(hf, prompts, counts, results):
+    """``results`` have what ``counts`` ask for, and it is what transformers computes."""
+    whole = reference(hf, prompts)
+    for prompt, count, (first, *others), expected in zip(prompts, counts, results, whole, strict=True):
+        assert all(sample.prompt_logprobs is None for sample in others)
+        if count is None:
+            assert first.prompt_logprobs is None
+            continue
+        logprobs = expected.logits.double().log_softmax(-1)[:-1]
+        found = first.prompt_logprobs
+        own = logprobs.gather(1, torch.tensor(prompt[1:], dtype=torch.int64)[:, None])[:, 0].tolist()
+        assert found.chosen[0] is None and found.chosen[1:] == pytest.approx(own, abs=3e-5)
+        if count == 0:
+            assert found.top is None
+            continue
+        assert found.top[0] is None and len(found.top) == len(prompt)
+        for row, token, at_token, mine in zip(logprobs, prompt[1:], found.chosen[1:], found.top[1:], strict=True):
+            values, _ = row.sort(descending=True)
+            assert list(mine.values())[:count] == pytest.approx(values[:count].tolist(), abs=3e-5)
+            assert mine == pytest.approx({token: float(row[token]) for token in mine}, abs=3e-5)
+            assert mine[token] == at_token and len(mine) in (count, count + 1)
+
+
+def params(counts=COUNTS, **options):
+    return [SamplingParams(max_tokens=3, prompt_logprobs=count, **options) for count in counts]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("max_batch_size", [1, 3, 1024])
+@pytest.mark.parametrize("n", [1, 3])
+def test_they_are_those_of_transformers(hf, method, max_batch_size, n):
+    engine = our_engine(hf, max_batch_size=max_batch_size)
+    check(hf, PROMPTS, COUNTS, engine.generate(PROMPTS, params(n=n), attention=method))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral, window", "glm"])
+def test_of_any_prompts(family):
+    hf = hf_model(family)
+    engine = our_engine(hf)
+
+    @given(prompt_sets(VOCAB_SIZE), st.integers(1, 20), st.sampled_from(METHODS), st.data())
+    @settings(SETTINGS, max_examples=25)
+    def check_any(prompts, max_batch_size, method, data):
+        count = st.sampled_from([None, 0, 1, 4])
+        counts = data.draw(st.lists(count, min_size=len(prompts), max_size=len(prompts)))
+        engine.max_batch_size = max_batch_size
+        results = engine.generate(prompts, params(counts), attention=method, min_shared=data.draw(st.integers(1, 4)))
+        check(hf, prompts, counts, results)
+
+    check_any()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_on_several_ranks(hf, size):
+    for results in World(size).run(lambda group: our_engine(hf, group, max_batch_size=4).generate(PROMPTS, params())):
+        check(hf, PROMPTS, COUNTS, results)
+
+
+def test_logits_are_made_some_rows_at_a_time(hf, monkeypatch):
+    monkeypatch.setattr(engine.prompt_logprobs, "_CHUNK", 3 * VOCAB_SIZE)
+    ours, sizes = our_engine(hf), []
+    ours.model.head.register_forward_hook(lambda _module, _args, logits: sizes.append(len(logits)))
+    check(hf, PROMPTS, COUNTS, ours.generate(PROMPTS, params()))
+    assert max(sizes[: -3]) == 3, "but for those of the steps"
+
+
+def test_what_is_shared_is_scored_once(hf):
+    ours, rows = our_engine(hf), []
+    ours.model.head.register_forward_hook(lambda _module, _args, logits: rows.append(len(logits)))
+    with passes(ours.model) as seen:
+        ours.generate([[*ROOT, i] for i in range(9)], SamplingParams(max_tokens=1, prompt_logprobs=0))
+    assert [p.num_tokens for p in seen] == [20, 9]
+    assert sum(rows) == 19 + 9 + 9  # the root but its first token, each prompt's last one, and the first new ones
+
+
+def test_tokens_are_the_same_with_and_without(hf):
+    ours = our_engine(hf, max_batch_size=3)
+    with_them = ours.generate(PROMPTS, params())
+    without = ours.generate(PROMPTS, params([None] * len(PROMPTS)))
+    assert [s.token_ids for s, in with_them] == [s.token_ids for s, in without]
+
+
+def test_mistakes(hf):
+    ours = our_engine(hf)
+    ours.append_shared([ROOT])
+    with pytest.raises(InputError, match="^prompt_logprobs were asked for below kept levels, whose tokens .*='wipe'$"):
+        ours.generate([[1]], params([3]), shared_cache_op="preserve")
+    for count in (-1, 21, 1.5, True):
+        with pytest.raises(InputError, match="prompt_logprobs: got .* accepted: None, or an integer from 0 .* to 20"):
+            SamplingParams(prompt_logprobs=count)
