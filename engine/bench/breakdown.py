@@ -39,11 +39,12 @@ from kernels import Backend, Segment
 from kernels.attention import PlannedSegment
 from kernels.linear import linear
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 FILE_NAME = "breakdown.yaml"
 
 REPEATS = 20
 _WARM_UP_TOKENS = 4  # of each mode in each round
+_PREFILLED = ("hydragen", "hf")  # modes whose prefill is timed: the others' is one of these, or has no attention
 _READ_SECONDS = 0.1  # each measurement of the rate at which the machine reads
 
 
@@ -99,6 +100,7 @@ class Point:
     read_gbs: list[float] = field(default_factory=list)  # 10^9 bytes/s: what this machine reads when the baseline does
     decode_ms: dict[str, list[float]] = field(default_factory=dict)  # by mode: generating num_unique tokens
     first_token_ms: dict[str, list[float]] = field(default_factory=dict)  # generating one: what decode_ms has besides
+    prefill_ms: dict[str, list[float]] = field(default_factory=dict)  # by mode: computing the shared prompt
     span_ms: dict[str, list[float]] = field(default_factory=dict)  # by mode of ours: AttentionSpans of those steps
     failures: dict[str, str] = field(default_factory=dict)  # by mode: why it was not timed, or not to the end
 
@@ -126,6 +128,7 @@ class Point:
             read_gbs=[max(self.read_gbs)] if self.read_gbs else [],
             decode_ms=least_of(self.decode_ms),
             first_token_ms=least_of(self.first_token_ms),
+            prefill_ms=least_of(self.prefill_ms),
             span_ms=least_of(self.span_ms),
         )
 
@@ -141,6 +144,8 @@ class Point:
           ``noshared_per_read``: that over the rate at which the machine reads. ``step_noshared_per_read``: the same by
           how much longer the whole step takes.
         - ``hf_per_hydragen``, ``hf_static_per_hydragen``: how many times faster hydragen is than transformers.
+        - ``MODE_prefill_ms``: computing the shared prompt; ``hf_prefill_per_hydragen``: how many times as long
+          transformers takes for it.
         """
         noattention, hydragen, noshared = map(self.step_ms, ("noattention", "hydragen", "hydragen_noshared"))
         added_ms, step_added_ms = self._attention_ms("hydragen"), _less(hydragen, noattention)
@@ -160,6 +165,8 @@ class Point:
             "noshared_per_read": _over(noshared_gbs, self.read_gbs),
             "step_noshared_per_read": _over(step_noshared_gbs, self.read_gbs),
             **{f"{mode}_per_hydragen": _over(self.step_ms(mode), hydragen) for mode in HF_MODES},
+            **{f"{mode}_prefill_ms": times for mode, times in self.prefill_ms.items()},
+            "hf_prefill_per_hydragen": _over(*(self.prefill_ms.get(mode, ()) for mode in ("hf", "hydragen"))),
         }
         return {name: Series(values) for name, values in found.items() if values}
 
@@ -271,7 +278,7 @@ class _Runner:
                         continue
                     progress.update(task, description=f"{where}, {name}")
                     if name not in point.failures:
-                        self._attempt(name, point, lambda name=name: self._time_step(name, point))
+                        self._attempt(name, point, lambda name=name: self._time_mode(name, point, prompt))
                     progress.advance(task)
         finally:
             for mode in self._modes.values():
@@ -310,6 +317,13 @@ class _Runner:
         mode.set_up(cell)
         mode.prefill(prompt)
         mode.generate(2 if name == "hf" else comparison.num_unique)  # every step of hf is as its first, and slow
+
+    def _time_mode(self, name: str, point: Point, prompt: list[int]) -> None:
+        if name in _PREFILLED:
+            with Timer(self._group.device) as timer:
+                self._modes[name].prefill(prompt)
+            point.prefill_ms.setdefault(name, []).append(timer.ms)
+        self._time_step(name, point)
 
     def _time_step(self, name: str, point: Point) -> None:
         # A library that a mode loads or calls could change the process's number, and a ratio would not be fair.
@@ -403,6 +417,8 @@ def _describe(point: Point, modes: Sequence[str]) -> dict[str, object]:
             "decode_ms": _rounded(point.decode_ms.get(mode, ())),
             "first_token_ms": _rounded(point.first_token_ms.get(mode, ())),
         }
+        if mode in point.prefill_ms:
+            described_modes[mode]["prefill_ms"] = _rounded(point.prefill_ms[mode])
         if mode in point.span_ms:
             described_modes[mode]["span_ms"] = _rounded(point.span_ms[mode])
         if mode in point.failures:

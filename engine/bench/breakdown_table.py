@@ -51,6 +51,9 @@ def print_breakdown(breakdown: Breakdown, console: Console) -> None:
     for point in points:
         for mode, failure in point.failures.items():
             console.print(f"shared {point.num_shared}, {mode}: {failure}", soft_wrap=True)
+    for point in points:
+        if prefill := _prefill(point):
+            console.print(prefill, soft_wrap=True)
     against_aten = [
         f"{figures['prefix_aten_per_alone'].median:.1f} times as long at {point.num_shared}"
         for point in points
@@ -114,3 +117,16 @@ def _spread(series: Series | None) -> str:
     if series is None or series.spread is None:
         return _MISSING
     return f"{series.spread:.1%}" + (" !" if series.high_spread else "")
+
+
+def _prefill(point: Point) -> str | None:
+    """What is said of computing the shared prompt."""
+    figures = point.figures()
+    if "hydragen_prefill_ms" not in figures:
+        return None
+    ours = figures["hydragen_prefill_ms"]
+    text = f"Prefill of {point.num_shared} tokens: {ours.median:.0f} ms (spread {_spread(ours)})"
+    if "hf_prefill_per_hydragen" not in figures:
+        return text
+    theirs = figures["hf_prefill_per_hydragen"]
+    return f"{text}; transformers takes {theirs.median:.2f} times as long (spread {_spread(theirs)})"

@@ -14,7 +14,8 @@ import torch
 from engine.attention import AttentionMethod, Runs, get_method
 from engine.attention.placement import place_in_order
 from engine.bench.timing import Timer
-from engine.prefix_tree import build_from_levels
+from engine.config import ModelConfig
+from engine.prefix_tree import PrefixTree, build_from_levels
 from engine.sharding import local_kv_heads
 from kernels.window import within_window
 
@@ -46,80 +47,70 @@ class Cost:
         return self.linear_flops + self.attention_flops
 
 
+def one_prompt(shared_len: int, batch: int) -> PrefixTree:
+    """A tree of ``batch`` sequences below one prompt of ``shared_len`` tokens, for ``decode_step_cost``."""
+    return build_from_levels([[[0] * shared_len], [[0]] * batch])
+
+
 def decode_step_cost(
-    method: str,
-    *,
-    batch: int,
-    shared_len: int,
-    unique_len: float,
-    num_layers: int,
-    hidden_size: int,
-    intermediate_size: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    vocab_size: int,
-    world_size: int,
-    bytes_per_element: int,
-    window: int | None = None,
+    method: str, tree: PrefixTree, unique_len: float, config: ModelConfig, world_size: int = 1
 ) -> Cost:
     """The work of one decode step of a Llama-family model with a gated MLP, for one of ``world_size`` ranks.
 
-    Each of ``batch`` sequences attends to ``shared_len`` keys that all of them share and to ``unique_len`` keys of its
-    own (the mean over the steps that were timed, so it may be fractional). Head counts and sizes are the whole model's.
+    Each sequence of ``tree`` attends to the keys of the nodes above it and to ``unique_len`` keys of its own (the mean
+    over the steps that were timed, so it may be fractional), whatever suffix the tree gives it.
 
     - Weights are read once a step, whatever the batch; each multiplies every row: ``2 * batch`` FLOPs a weight.
     - Keys and values: those that the method's segments name, once for all queries of a row. So ``hydragen`` reads the
       shared ones once for the whole batch, ``hydragen_noshared`` each sequence's own copy of its whole history.
-      A ``window`` (tokens) leaves the keys before it out.
+      A sliding window leaves the keys before it out.
     - Attention is two products per query head and key, ``4 * head_dim`` FLOPs, however the keys were read.
 
     Left out, as small beside these: activations, the cache's new rows, norms, embedding rows, and communication.
     Raises InputError for a method that is not registered.
     """
-    keys_read, keys_attended = _count_keys(get_method(method), batch, shared_len, unique_len, window)
-    local_heads = num_heads // world_size
-    kv_heads = local_kv_heads(num_kv_heads, 0, world_size)[1]
-    attention_weights = hidden_size * head_dim * (2 * local_heads + 2 * kv_heads)  # q, o and k, v
-    mlp_weights = 3 * hidden_size * (intermediate_size // world_size)  # gate, up, down
-    head_weights = hidden_size * -(-vocab_size // world_size)
+    keys_read, keys_attended = _count_keys(get_method(method), tree, unique_len, config.sliding_window)
+    local_heads = config.num_heads // world_size
+    kv_heads = local_kv_heads(config.num_kv_heads, 0, world_size)[1]
+    hidden, head_dim, num_layers = config.hidden_size, config.head_dim, config.num_layers
+    attention_weights = hidden * head_dim * (2 * local_heads + 2 * kv_heads)  # q, o and k, v
+    mlp_weights = 3 * hidden * (config.intermediate_size // world_size)  # gate, up, down
+    head_weights = hidden * -(-config.vocab_size // world_size)
     weights = num_layers * (attention_weights + mlp_weights) + head_weights
 
     return Cost(
-        bytes=round(bytes_per_element * (weights + num_layers * 2 * kv_heads * head_dim * keys_read)),
-        linear_flops=2 * batch * weights,
+        bytes=round(config.dtype.itemsize * (weights + num_layers * 2 * kv_heads * head_dim * keys_read)),
+        linear_flops=2 * tree.num_sequences * weights,
         attention_flops=round(num_layers * 4 * local_heads * head_dim * keys_attended),
     )
 
 
 def _count_keys(
-    method: AttentionMethod, batch: int, shared_len: int, unique_len: float, window: int | None
+    method: AttentionMethod, tree: PrefixTree, unique_len: float, window: int | None
 ) -> tuple[float, float]:
     """``(keys read, pairs of query and key)`` of a decode step, as the method plans it; a fraction is interpolated."""
     whole = int(unique_len)
-    fewer, more = (np.array(_planned_keys(method, batch, shared_len, length, window)) for length in (whole, whole + 1))
+    fewer, more = (np.array(_planned_keys(method, tree, length, window)) for length in (whole, whole + 1))
     keys_read, keys_attended = (fewer + (unique_len - whole) * (more - fewer)).tolist()
     return keys_read, keys_attended
 
 
 def _planned_keys(
-    method: AttentionMethod, batch: int, shared_len: int, unique_len: int, window: int | None
+    method: AttentionMethod, tree: PrefixTree, unique_len: int, window: int | None
 ) -> tuple[int, int]:
-    tree = build_from_levels([[[0] * shared_len], [[0]] * batch])
-    rooms = np.full(batch, max(unique_len, 1), dtype=np.int64)
-    placement, _ = place_in_order(tree, method.keeps, rooms)
-    sequences = np.arange(batch)
+    sequences = np.arange(tree.num_sequences)
+    placement, _ = place_in_order(tree, method.keeps, np.full_like(sequences, max(unique_len, 1)))
     runs = Runs(
-        num_new=np.ones(batch, dtype=np.int64),
-        positions=np.full(batch, shared_len, dtype=np.int64),
+        num_new=np.ones_like(sequences),
+        positions=tree.table.suffix_position,
         own_starts=placement.suffix_starts(sequences),
-        own_lens=np.full(batch, unique_len, dtype=np.int64),
+        own_lens=np.full_like(sequences, unique_len),
         own_rooms=placement.suffix_rooms(sequences),
         paths=tree.paths(tree.table.leaf_node),
     )
     segments = [*method.shared_segments(tree, placement, runs), *method.own_segments(runs)]
     if window is not None:
-        q_positions = np.full(batch, shared_len + unique_len - 1)
+        q_positions = tree.table.suffix_position + unique_len - 1
         segments = [part for segment in segments for part in within_window(segment, q_positions, window)]
     keys_read = sum(int(s.k_lens.sum()) for s in segments)
     return keys_read, sum(int((np.diff(s.q_offsets) * s.k_lens).sum()) for s in segments)

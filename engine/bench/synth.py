@@ -18,7 +18,7 @@ from engine.bench.memory_model import Footprint, footprint
 from engine.bench.modes import Mode, ModelOptions, make_mode, make_prompt
 from engine.bench.peak_memory import PeakMemory
 from engine.bench.results import Cell, CellResult, Status, is_finished, read_results, write_cell
-from engine.bench.roofline import Ceilings, decode_step_cost, measure_ceilings, predict_ms
+from engine.bench.roofline import Ceilings, decode_step_cost, measure_ceilings, one_prompt, predict_ms
 from engine.bench.timing import Timer
 from engine.config import ModelConfig
 from engine.distributed import TPGroup
@@ -318,22 +318,9 @@ class _Runner:
         if cell.batch_size not in self._ceilings:
             group.barrier()
             self._ceilings[cell.batch_size] = measure_ceilings(group.device, config.dtype, rows=cell.batch_size)
-        cost = decode_step_cost(
-            cell.mode,
-            batch=cell.batch_size,
-            shared_len=cell.num_shared,
-            unique_len=cell.num_unique / 2,  # own keys are 1, 2, ... num_unique - 1 in the steps that are timed
-            num_layers=config.num_layers,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            vocab_size=config.vocab_size,
-            world_size=group.size,
-            bytes_per_element=config.dtype.itemsize,
-            window=config.sliding_window,
-        )
+        # Own keys are 1, 2, ... num_unique - 1 in the steps that are timed.
+        tree = one_prompt(cell.num_shared, cell.batch_size)
+        cost = decode_step_cost(cell.mode, tree, cell.num_unique / 2, config, group.size)
         return replace(
             result,
             achieved_gbs=cost.bytes / (step_ms * 1e6),

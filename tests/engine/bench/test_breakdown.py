@@ -34,6 +34,7 @@ COMPARISON = Comparison(
     num_iters=3, hf_iters=2,
 )  # fmt: skip
 QUIET = Console(quiet=True)
+PREFILLS = {"hydragen": 300.0, "hf": 390.0}  # ms
 SPANS = {"noattention": 2.0, "hydragen": 26.0, "hydragen_noshared": 82.0}  # ms, of these steps
 STEPS = {"noattention": 15.0, "hydragen": 40.0, "hydragen_noshared": 115.0, "hf": 800.0}  # ms
 DRIFT = (1.0, 2.0, 3.0)  # of a machine that slows down: a factor on everything that a round times
@@ -52,6 +53,7 @@ def measured(steps=STEPS, drift=DRIFT, **changes):
         read_gbs=[40.0 / slower for slower in drift],
         decode_ms={mode: [slower * (15 * ms + 7) for slower in rounds[mode]] for mode, ms in steps.items()},
         first_token_ms={mode: [slower * 7 for slower in rounds[mode]] for mode in steps},
+        prefill_ms={mode: [slower * ms for slower in rounds[mode]] for mode, ms in PREFILLS.items() if mode in steps},
         span_ms={mode: [slower * ms for slower in drift] for mode, ms in SPANS.items() if mode in steps},
     )
     return replace(point, **changes)
@@ -89,6 +91,9 @@ def test_what_times_are_held_against():
         "noshared_per_read": [pytest.approx(0.625)],  # of 40
         "step_noshared_per_read": [pytest.approx(0.5)],  # 2 GB in 115 - 15 ms: 20 of 40
         "hf_per_hydragen": [pytest.approx(20)],  # 800 / 40
+        "hydragen_prefill_ms": [300.0],
+        "hf_prefill_ms": [390.0],
+        "hf_prefill_per_hydragen": [pytest.approx(1.3)],  # 390 / 300
     }
 
 
@@ -99,7 +104,7 @@ def test_a_ratio_is_that_of_times_of_the_same_round():
     assert figures["hydragen_ms"].high_spread
     for name, expected in {
         "noattention_per_matmul": 1.5, "added_per_prefix": 1.2, "step_added_per_prefix": 1.25,
-        "noshared_per_read": 0.625, "step_noshared_per_read": 0.5, "hf_per_hydragen": 20.0,
+        "noshared_per_read": 0.625, "step_noshared_per_read": 0.5, "hf_per_hydragen": 20.0, "hf_prefill_per_hydragen": 1.3,
     }.items():  # fmt: skip
         assert figures[name].median == pytest.approx(expected)
         assert figures[name].spread == pytest.approx(0, abs=1e-9) and not figures[name].high_spread
@@ -132,8 +137,10 @@ def test_the_least_times_of_all_rounds():
 
 def test_a_mode_that_was_not_run_has_no_figures():
     point = measured({"hydragen": 40.0})
-    assert set(point.figures()) == {"hydragen_ms", "prefix_aten_per_alone"}
+    assert set(point.figures()) == {"hydragen_ms", "prefix_aten_per_alone", "hydragen_prefill_ms"}
     text = printed(point)
+    assert "Prefill of 4096 tokens: 600 ms (spread 60.0% !)\n" in text
+    assert "Prefill" not in printed(measured({"noattention": 15.0}))
     assert row(text, "hydragen")[:2] == ["3", "80.0"]
     assert row(text, "hydragen")[4:8] == ["40.0", "-", "-", "-"]
     assert row(text, "hf") == ["-", "-", "-", "-", "-", "-", "-", "x", "hydragen"]
@@ -203,6 +210,7 @@ def fakes(monkeypatch):
 
         def prefill(self, prompt):
             self.note(f"prefill {len(prompt)}")
+            clock.now += PREFILLS.get(self.name, 0) / 1e3
 
         def generate(self, num_tokens):
             self.note(f"generate {num_tokens}")
@@ -230,7 +238,11 @@ def test_modes_take_turns(tmp_path, fakes):
 
     def timed(*modes):
         counts = {mode: (4, 1) if mode == "hf" else (4, 4, 1) for mode in modes}  # the first of three is a warm-up
-        return [f"{mode} generate {num_tokens}" for mode in modes for num_tokens in counts[mode]]
+        log = []
+        for mode in modes:
+            log += [f"{mode} prefill {shared}"] if mode in PREFILLS else []
+            log += [f"{mode} generate {num_tokens}" for num_tokens in counts[mode]]
+        return log
 
     expected = []
     for shared in (8, 16):
@@ -246,6 +258,8 @@ def test_modes_take_turns(tmp_path, fakes):
             num_rounds = 2 if mode == "hf" else 3
             assert point.step_ms(mode) == pytest.approx([step_ms] * num_rounds)
             assert point.first_token_ms[mode] == pytest.approx([7] * num_rounds)
+            if mode in PREFILLS:
+                assert point.prefill_ms[mode] == pytest.approx([PREFILLS[mode]] * num_rounds)
         assert point.matmul_alone_ms == [10.0] * 3 and point.prefix_alone_ms == [20.0] * 3
         assert point.prefix_aten_ms == [90.0] * 3
         assert point.read_gbs == [40.0] * 3

@@ -1,28 +1,22 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from engine.attention import METHODS
 from engine.attention.hydragen import Hydragen
-from engine.bench.roofline import Ceilings, Cost, decode_step_cost, measure_ceilings, predict_ms
+from engine.bench.roofline import Ceilings, Cost, decode_step_cost, measure_ceilings, one_prompt, predict_ms
 from engine.errors import InputError
+from engine.prefix_tree import build_from_levels
+from engine.presets import find_preset
 from engine.sharding import local_kv_heads
 
-LLAMA_125M = {
-    "num_layers": 12,
-    "hidden_size": 768,
-    "intermediate_size": 2048,
-    "num_heads": 12,
-    "num_kv_heads": 4,
-    "head_dim": 64,
-    "vocab_size": 32000,
-    "bytes_per_element": 2,
-}
+LLAMA_125M = find_preset("llama-125m")
 
 
 def cost(method, batch=64, shared_len=4096, unique_len=8, world_size=1, **changes):
-    shape = LLAMA_125M | changes
     return decode_step_cost(
-        method, batch=batch, shared_len=shared_len, unique_len=unique_len, world_size=world_size, **shape
+        method, one_prompt(shared_len, batch), unique_len, replace(LLAMA_125M, **changes), world_size
     )
 
 
@@ -86,6 +80,18 @@ def test_a_method_of_ones_own_costs_what_it_plans(monkeypatch):
 def test_a_fraction_of_a_key_counts_as_one():
     low, between, high = (cost("hydragen", unique_len=length).bytes for length in (8, 8.5, 9))
     assert low < between < high and between - low == high - between
+
+
+def test_every_level_of_a_hierarchy_is_read_once_for_those_below_it():
+    """A root of 100 tokens, two nodes of 50 below it, four sequences below each."""
+    tree = build_from_levels([[[0] * 100], [[1] * 50, [2] * 50], [[0]] * 8])
+    bytes_per_key = 12 * 2 * 4 * 64 * 2
+    found = decode_step_cost("hydragen", tree, 3, LLAMA_125M)
+    assert found.bytes - 2 * num_linear_weights() == bytes_per_key * (100 + 2 * 50 + 8 * 3)
+    assert found.attention_flops == 12 * 4 * 12 * 64 * 8 * (100 + 50 + 3)
+    unshared = decode_step_cost("hydragen_noshared", tree, 3, LLAMA_125M)
+    assert unshared.bytes - 2 * num_linear_weights() == bytes_per_key * 8 * (100 + 50 + 3)
+    assert unshared.flops == found.flops
 
 
 def test_unknown_method():
