@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
@@ -23,6 +22,7 @@ from engine.attention import METHODS
 from engine.bench.attention_spans import AttentionSpans
 from engine.bench.engine_mode import EngineMode
 from engine.bench.environment import describe_environment
+from engine.bench.measurement_file import check_new, round_all, round_off, write_measurement
 from engine.bench.memory_model import footprint
 from engine.bench.modes import HF_MODES, Mode, ModelOptions, make_mode, make_prompt
 from engine.bench.results import Cell
@@ -31,7 +31,6 @@ from engine.bench.timing import HIGH_SPREAD, Timer, best_of, summarize
 from engine.config import ModelConfig
 from engine.distributed import TPGroup
 from engine.errors import InputError
-from engine.files import check_outdir, write_whole
 from engine.memory import available_bytes, is_out_of_memory
 from engine.model import Transformer
 from engine.progress import progress_bar
@@ -202,14 +201,13 @@ def run_breakdown(outdir: Path, comparison: Comparison, group: TPGroup, console:
     """
     config = comparison.model.config()
     _check(comparison, config, group)
-    _check_outdir(outdir)
+    check_new(outdir / FILE_NAME)
     runner = _Runner(comparison, config, group)
     with progress_bar(console) as progress:
         task = progress.add_task("", total=len(comparison.shared_lens) * runner.turns_per_length)
         points = [runner.measure(num_shared, progress, task) for num_shared in comparison.shared_lens]
     breakdown = Breakdown(comparison, runner.environment, points)
-    outdir.mkdir(parents=True, exist_ok=True)
-    write_whole(outdir / FILE_NAME, _to_yaml(breakdown).encode())
+    write_measurement(outdir / FILE_NAME, _described(breakdown))
     return breakdown
 
 
@@ -229,10 +227,7 @@ def _check(comparison: Comparison, config: ModelConfig, group: TPGroup) -> None:
 
 def _check_outdir(outdir: Path) -> None:
     """Raises InputError when the file could not be written there: after minutes of measuring it would be too late."""
-    path = outdir / FILE_NAME
-    if path.exists():
-        raise InputError(f"{path} exists; accepted: an OUTDIR without one, for it is not overwritten; use another")
-    check_outdir(outdir)
+    check_new(outdir / FILE_NAME)
 
 
 class _Runner:
@@ -395,9 +390,9 @@ def _kv_bytes(config: ModelConfig, batch_size: int, history: int) -> int:
 # ---- the file
 
 
-def _to_yaml(breakdown: Breakdown) -> str:
+def _described(breakdown: Breakdown) -> dict[str, object]:
     comparison = breakdown.comparison
-    described = {
+    return {
         "schema_version": SCHEMA_VERSION,
         "model_name": comparison.model.name,
         "seed": comparison.model.seed,
@@ -406,7 +401,6 @@ def _to_yaml(breakdown: Breakdown) -> str:
         "environment": breakdown.environment,
         "points": [_describe(point, comparison.modes) for point in breakdown.points],
     }
-    return yaml.safe_dump(described, sort_keys=False, allow_unicode=True, default_flow_style=None, width=116)
 
 
 def _describe(point: Point, modes: Sequence[str]) -> dict[str, object]:
@@ -414,40 +408,34 @@ def _describe(point: Point, modes: Sequence[str]) -> dict[str, object]:
     described_modes: dict[str, dict[str, object]] = {}
     for mode in modes:
         described_modes[mode] = {
-            "decode_ms": _rounded(point.decode_ms.get(mode, ())),
-            "first_token_ms": _rounded(point.first_token_ms.get(mode, ())),
+            "decode_ms": round_all(point.decode_ms.get(mode, ())),
+            "first_token_ms": round_all(point.first_token_ms.get(mode, ())),
         }
         if mode in point.prefill_ms:
-            described_modes[mode]["prefill_ms"] = _rounded(point.prefill_ms[mode])
+            described_modes[mode]["prefill_ms"] = round_all(point.prefill_ms[mode])
         if mode in point.span_ms:
-            described_modes[mode]["span_ms"] = _rounded(point.span_ms[mode])
+            described_modes[mode]["span_ms"] = round_all(point.span_ms[mode])
         if mode in point.failures:
             described_modes[mode]["message"] = point.failures[mode]
     least = point.least().figures()
     figures = {
         name: {
-            "median": _round(series.median),
-            "spread": None if series.spread is None else _round(series.spread),
-            "least": _round(least[name].median) if name in least else None,
-            "rounds": _rounded(series.values),
+            "median": round_off(series.median),
+            "spread": None if series.spread is None else round_off(series.spread),
+            "least": round_off(least[name].median) if name in least else None,
+            "rounds": round_all(series.values),
         }
         for name, series in point.figures().items()
     }
     return {
         "num_shared": point.num_shared,
         "modes": described_modes,
-        "matmul_alone_ms": _rounded(point.matmul_alone_ms),
-        "prefix_alone_ms": _rounded(point.prefix_alone_ms),
-        "prefix_aten_ms": _rounded(point.prefix_aten_ms),
-        "read_gbs": _rounded(point.read_gbs),
+        "matmul_alone_ms": round_all(point.matmul_alone_ms),
+        "prefix_alone_ms": round_all(point.prefix_alone_ms),
+        "prefix_aten_ms": round_all(point.prefix_aten_ms),
+        "read_gbs": round_all(point.read_gbs),
         "kv_bytes": point.kv_bytes,
         "figures": figures,
     }
 
 
-def _round(value: float) -> float:
-    return float(f"{value:.6g}")
-
-
-def _rounded(values: Sequence[float]) -> list[float]:
-    return [_round(value) for value in values]

@@ -11,18 +11,17 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import yaml
 from rich.console import Console
 
 from engine.bench.breakdown import Series
 from engine.bench.environment import describe_environment
+from engine.bench.measurement_file import check_new, round_all, round_off, write_measurement
 from engine.bench.modes import ModelOptions
 from engine.bench.roofline import decode_step_cost, measure_ceilings, predict_ms
 from engine.bench.timing import Timer
 from engine.distributed import TPGroup
 from engine.engine import Engine
 from engine.errors import InputError
-from engine.files import check_outdir, write_whole
 from engine.prefix_tree import build_from_levels
 from engine.progress import progress_bar
 from engine.sampling import SamplingParams
@@ -120,10 +119,7 @@ def run_growth(outdir: Path, plan: Plan, group: TPGroup, console: Console) -> Gr
     Raises InputError, before anything is measured, for several ranks, an ``outdir`` that cannot be written to or has
     the file already, and sizes that cannot be run.
     """
-    path = outdir / FILE_NAME
-    if path.exists():
-        raise InputError(f"{path} exists; accepted: an OUTDIR without one, for it is not overwritten; use another")
-    check_outdir(outdir)
+    check_new(outdir / FILE_NAME)
     _check(plan, group)
     runner = _Runner(plan, group)
     axes = plan.axes()
@@ -141,8 +137,7 @@ def run_growth(outdir: Path, plan: Plan, group: TPGroup, console: Console) -> Gr
         stretches = runner.measure_finished()
         progress.advance(task)
     growth = Growth(plan, runner.environment, points, stretches)
-    outdir.mkdir(parents=True, exist_ok=True)
-    write_whole(path, _to_yaml(growth).encode())
+    write_measurement(outdir / FILE_NAME, _described(growth))
     return growth
 
 
@@ -261,9 +256,9 @@ def growth_factors(points: Sequence[Point], num_unique: int) -> list[tuple[float
 # ---- the file
 
 
-def _to_yaml(growth: Growth) -> str:
+def _described(growth: Growth) -> dict[str, object]:
     plan = growth.plan
-    described = {
+    return {
         "schema_version": SCHEMA_VERSION,
         "model_name": plan.model.name,
         "seed": plan.model.seed,
@@ -274,13 +269,12 @@ def _to_yaml(growth: Growth) -> str:
         "finished": [
             {
                 "finished": [stretch.first_finished, stretch.last_finished],
-                "first_token_ms": _rounded(stretch.first_token_ms),
-                "step_ms": _rounded(stretch.step_ms),
+                "first_token_ms": round_all(stretch.first_token_ms),
+                "step_ms": round_all(stretch.step_ms),
             }
             for stretch in growth.stretches
         ],
     }
-    return yaml.safe_dump(described, sort_keys=False, allow_unicode=True, default_flow_style=None, width=116)
 
 
 def _describe(point: Point, num_unique: int) -> dict[str, object]:
@@ -289,16 +283,10 @@ def _describe(point: Point, num_unique: int) -> dict[str, object]:
     if step is None:
         return described | {"message": point.message}
     return described | {
-        "step_ms": _round(step.median),
-        "predicted_ms": _round(point.predicted_ms),
-        "decode_ms": _rounded(point.decode_ms),
-        "first_token_ms": _rounded(point.first_token_ms),
+        "step_ms": round_off(step.median),
+        "predicted_ms": round_off(point.predicted_ms),
+        "decode_ms": round_all(point.decode_ms),
+        "first_token_ms": round_all(point.first_token_ms),
     }
 
 
-def _round(value: float) -> float:
-    return float(f"{value:.6g}")
-
-
-def _rounded(values: Sequence[float]) -> list[float]:
-    return [_round(value) for value in values]
