@@ -225,11 +225,6 @@ def _check(comparison: Comparison, config: ModelConfig, group: TPGroup) -> None:
         )
 
 
-def _check_outdir(outdir: Path) -> None:
-    """Raises InputError when the file could not be written there: after minutes of measuring it would be too late."""
-    check_new(outdir / FILE_NAME)
-
-
 class _Runner:
     """Has every mode loaded, the engine's own on one model, and measures one shared length after another."""
 
