@@ -6,14 +6,15 @@ Both spellings are read: transformers 4 (``rope_theta``, ``rope_scaling``, ``tor
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from engine.errors import InputError
-from engine.json_fields import Fields, agreed, refused
-from engine.messages import shown
+from engine.families import FAMILIES, Family, family_of
+from engine.json_fields import Fields, refused
+from engine.rope_config import RopeConfig
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -21,186 +22,6 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _MAX_SIZE = 2**31 - 1
 _MAX_SIZES = {"num_layers": 1000, "num_heads": 4096}
 _MAX_PARAMETERS = 2**50
-
-# RoPE divides by its numbers, in float32.
-_LEAST_POSITIVE = torch.finfo(torch.float32).tiny
-
-RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
-
-# The fields, besides theta, that each RoPE type reads.
-_ROPE_FIELDS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": (
-        "factor",
-        "original_max_position_embeddings",
-        "beta_fast",
-        "beta_slow",
-        "attention_factor",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
-    ),
-    "longrope": ("factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"),
-}
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding. A field that ``type`` does not read keeps its default.
-
-    ``original_max_position_embeddings`` of None stands for the model's ``max_position_embeddings``; a ``factor`` of
-    None, of yarn or longrope, for the ratio of the two. Raises InputError for an unknown type or numbers that make no
-    embedding.
-    """
-
-    type: RopeType = "default"
-    theta: float = 10000.0
-    partial_rotary_factor: float = 1.0  # of a head's dimensions, the first ones, that are rotated
-    factor: float | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    original_max_position_embeddings: int | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
-    short_factor: tuple[float, ...] | None = None  # one for each rotated pair, in sequences of the original length
-    long_factor: tuple[float, ...] | None = None  # and in longer ones
-
-    def __post_init__(self) -> None:
-        if self.type not in _ROPE_FIELDS:
-            raise refused("rope_type", self.type, ", ".join(_ROPE_FIELDS), "use a model with one of these")
-        if not self.theta > 1:
-            raise refused("rope_theta", self.theta, "a number above 1")
-        if not 0 < self.partial_rotary_factor <= 1:
-            raise refused("partial_rotary_factor", self.partial_rotary_factor, "a number above 0 and up to 1")
-        if self.factor is None and self.type in ("linear", "dynamic", "llama3"):
-            raise refused("factor", None, f"a positive number for rope type {self.type}")
-        if self.type == "dynamic" and self.factor < 1:
-            raise refused("factor", self.factor, "a number of at least 1 for rope type dynamic")
-        for name in ("factor", "attention_factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
-            value = getattr(self, name)
-            if value is not None and not value >= _LEAST_POSITIVE:
-                raise refused(name, value, f"a positive number, from {_LEAST_POSITIVE:.1e} on")
-        for name in ("mscale", "mscale_all_dim"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise refused(name, value, "a number of at least 0")
-        if self.type == "llama3":
-            low, high = self.low_freq_factor, self.high_freq_factor
-            if low is None or high is None or not 0 < low < high:
-                raise refused("low_freq_factor, high_freq_factor", (low, high), "two numbers, 0 < first < second")
-        if self.type == "longrope":
-            for name in ("short_factor", "long_factor"):
-                factors = getattr(self, name)
-                if not factors or not all(factor >= _LEAST_POSITIVE for factor in factors):
-                    raise refused(name, factors, "a list of positive numbers, one for each rotated pair")
-        if self.beta_fast < self.beta_slow:
-            raise refused("beta_fast, beta_slow", (self.beta_fast, self.beta_slow), "beta_fast >= beta_slow")
-
-
-@dataclass(frozen=True)
-class _Family:
-    """How one transformers class reads its config.
-
-    A bias is True, False or the name of the config field that says so.
-    """
-
-    model_type: str
-    defaults: Mapping[str, Any]  # what a field means that is left out
-    qkv_bias: bool | str = False
-    o_bias: bool | str = False
-    mlp_bias: bool | str = False
-    qk_norm: bool = False
-    fused_qkv: bool = False  # query, key and value projections are one tensor
-    fused_gate_up: bool = False
-    rope_interleaved: bool = False  # a rotated pair are neighbours; otherwise they are half the rotated part apart
-    partial_rotary: bool = False  # whether the config says how much of a head is rotated
-    rope_names: Mapping[str, str] = field(default_factory=dict)  # other names of RoPE types
-    window: bool = False  # sliding_window counts, in every layer
-    window_switch: bool = False  # a sliding window is off unless use_sliding_window is true
-    extra: Mapping[str, Any] = field(default_factory=dict)  # what to_hf adds
-
-
-# A new family that differs in these ways only is one entry.
-_FAMILIES: dict[str, _Family] = {
-    "LlamaForCausalLM": _Family(
-        model_type="llama",
-        defaults={"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
-        mlp_bias="mlp_bias",
-    ),
-    "MistralForCausalLM": _Family(
-        model_type="mistral",
-        defaults={
-            "max_position_embeddings": 131072,
-            "num_key_value_heads": 8,
-            "sliding_window": 4096,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
-        window=True,
-    ),
-    "Phi3ForCausalLM": _Family(
-        model_type="phi3",
-        defaults={
-            "max_position_embeddings": 4096,
-            "original_max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-5,
-            "bos_token_id": 1,
-            "eos_token_id": 32000,
-        },
-        fused_qkv=True,
-        fused_gate_up=True,
-        partial_rotary=True,
-        rope_names={"su": "longrope", "yarn": "longrope"},
-        window=True,
-    ),
-    "GlmForCausalLM": _Family(
-        model_type="glm",
-        defaults={
-            "max_position_embeddings": 131072,
-            "num_key_value_heads": 2,
-            "head_dim": 128,
-            "rms_norm_eps": 1.5625e-07,
-            "attention_bias": True,
-            "partial_rotary_factor": 0.5,
-            "eos_token_id": [151329, 151336, 151338],
-        },
-        qkv_bias="attention_bias",
-        fused_gate_up=True,
-        rope_interleaved=True,
-        partial_rotary=True,
-    ),
-    "Qwen2ForCausalLM": _Family(
-        model_type="qwen2",
-        defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},
-        qkv_bias=True,
-        window_switch=True,
-        extra={"use_sliding_window": False},
-    ),
-    "Qwen3ForCausalLM": _Family(
-        model_type="qwen3",
-        defaults={
-            "max_position_embeddings": 32768,
-            "num_key_value_heads": 32,
-            "head_dim": 128,
-            "sliding_window": 4096,
-        },
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
-        qk_norm=True,
-        window_switch=True,
-        extra={"use_sliding_window": False},
-    ),
-}
-
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -232,7 +53,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_numbers(self)
-        _check_biases(self, _family(self.architecture))
+        _check_biases(self, family_of(self.architecture))
 
     @property
     def rotary_dim(self) -> int:
@@ -242,17 +63,17 @@ class ModelConfig:
     @property
     def rope_interleaved(self) -> bool:
         """Whether the two of a rotated pair are neighbours (GLM); otherwise they are half the rotated part apart."""
-        return _family(self.architecture).rope_interleaved
+        return family_of(self.architecture).rope_interleaved
 
     @property
     def fused_qkv(self) -> bool:
         """Whether the checkpoint has the query, key and value projections in one tensor."""
-        return _family(self.architecture).fused_qkv
+        return family_of(self.architecture).fused_qkv
 
     @property
     def fused_gate_up(self) -> bool:
         """Whether the checkpoint has the MLP's gate and up projections in one tensor."""
-        return _family(self.architecture).fused_gate_up
+        return family_of(self.architecture).fused_gate_up
 
     @property
     def max_positions(self) -> int:
@@ -277,7 +98,7 @@ class ModelConfig:
     def from_hf(cls, raw: Mapping[str, Any]) -> "ModelConfig":
         """Reads the contents of a ``config.json``. Raises InputError, naming the field, for what cannot be run."""
         architecture = _architecture(raw)
-        family = _family(architecture)
+        family = family_of(architecture)
         fields = Fields(raw, family.defaults)
         num_layers = fields.integer("num_hidden_layers")
         num_heads = fields.integer("num_attention_heads")
@@ -296,7 +117,7 @@ class ModelConfig:
             head_dim=_head_dim(fields, hidden_size, num_heads),
             rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
             max_position_embeddings=max_positions,
-            rope=_rope_from_hf(fields, family),
+            rope=RopeConfig.from_hf(fields, family.defaults, family.rope_names),
             tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
             qkv_bias=_bias(fields, family.qkv_bias),
             o_bias=_bias(fields, family.o_bias),
@@ -315,7 +136,7 @@ class ModelConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """A ``config.json`` in the spelling of transformers 4, which 5 reads too."""
-        family = _family(self.architecture)
+        family = family_of(self.architecture)
         biases = ((family.qkv_bias, self.qkv_bias), (family.o_bias, self.o_bias), (family.mlp_bias, self.mlp_bias))
         eos = list(self.eos_token_ids)
         return {
@@ -332,7 +153,7 @@ class ModelConfig:
             "rms_norm_eps": self.rms_norm_eps,
             "max_position_embeddings": self.max_position_embeddings,
             "rope_theta": self.rope.theta,
-            "rope_scaling": _rope_to_hf(self.rope),
+            "rope_scaling": self.rope.to_hf(),
             "tie_word_embeddings": self.tie_word_embeddings,
             "torch_dtype": str(self.dtype).removeprefix("torch."),
             "bos_token_id": self.bos_token_id,
@@ -388,7 +209,7 @@ def _check_numbers(config: ModelConfig) -> None:
                 raise refused(name, token_id, f"an id of the vocabulary, 0 to {config.vocab_size - 1}")
 
 
-def _check_biases(config: ModelConfig, family: _Family) -> None:
+def _check_biases(config: ModelConfig, family: Family) -> None:
     """Only what ``to_hf`` can say and transformers would run."""
     if config.sliding_window is not None and not family.window:
         raise refused("sliding_window", config.sliding_window, f"null for {config.architecture}")
@@ -402,25 +223,17 @@ def _check_biases(config: ModelConfig, family: _Family) -> None:
         raise refused("qkv_bias, o_bias", (config.qkv_bias, config.o_bias), f"equal for {config.architecture}")
 
 
-def _family(architecture: str) -> _Family:
-    if architecture not in _FAMILIES:
-        raise InputError(
-            f"architecture {shown(architecture)} is not supported; accepted: {', '.join(_FAMILIES)}; use such a model"
-        )
-    return _FAMILIES[architecture]
-
-
 def _architecture(raw: Mapping[str, Any]) -> str:
     """The first of ``architectures``, or, that absent, the one that ``model_type`` implies."""
-    by_type = {family.model_type: name for name, family in _FAMILIES.items()}
+    by_type = {family.model_type: name for name, family in FAMILIES.items()}
     names, model_type = raw.get("architectures"), raw.get("model_type")
     if not names:
         if not isinstance(model_type, str) or model_type not in by_type:
             raise refused("model_type", model_type, ", ".join(by_type), "there is no field architectures; add it")
         return by_type[model_type]
     if not isinstance(names, list | tuple) or not isinstance(names[0], str):
-        raise refused("architectures", names, f"a list of one of {', '.join(_FAMILIES)}")
-    family = _family(names[0])
+        raise refused("architectures", names, f"a list of one of {', '.join(FAMILIES)}")
+    family = family_of(names[0])
     # transformers goes by model_type. Where the two disagree, one of the readings must be wrong.
     if model_type is not None and model_type != family.model_type:
         raise refused("model_type", model_type, f"{family.model_type} for {names[0]}")
@@ -452,7 +265,7 @@ def _dtype_from_hf(fields: Fields) -> torch.dtype:
     return dtype
 
 
-def _refuse_unhandled(fields: Fields, family: _Family, architecture: str) -> None:
+def _refuse_unhandled(fields: Fields, family: Family, architecture: str) -> None:
     """Refuses, by name, the fields that change the result and that the engine does not implement."""
     harmless: dict[str, tuple[Any, ...]] = {
         "hidden_act": ("silu", "swish"),
@@ -471,7 +284,7 @@ def _refuse_unhandled(fields: Fields, family: _Family, architecture: str) -> Non
             raise refused(name, fields.values[name], f"false for {architecture}, which has no such bias")
 
 
-def _window(fields: Fields, family: _Family, num_layers: int, max_positions: int) -> int | None:
+def _window(fields: Fields, family: Family, num_layers: int, max_positions: int) -> int | None:
     """The sliding window of all layers, None where no position would feel it. Refuses one of some layers only."""
     layer_types = fields.values.get("layer_types")
     if layer_types is not None:
@@ -495,56 +308,7 @@ def _window(fields: Fields, family: _Family, num_layers: int, max_positions: int
     return window
 
 
-def _rope_from_hf(fields: Fields, family: _Family) -> RopeConfig:
-    raw = fields.either("rope_parameters", "rope_scaling")
-    raw = {} if raw is None else raw
-    if not isinstance(raw, Mapping):
-        raise refused("rope_scaling", raw, "a JSON object or null")
-    rope_type = Fields(raw).either("rope_type", "type") or "default"
-    if isinstance(rope_type, str):
-        rope_type = family.rope_names.get(rope_type, rope_type)
-    if not isinstance(rope_type, str) or rope_type not in _ROPE_FIELDS:
-        raise refused("rope_type", rope_type, ", ".join(_ROPE_FIELDS), "use a model with one of these")
-    read = _ROPE_FIELDS[rope_type]
-    # "finetuned" tells how published models were made; no implementation reads it.
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned", *read}
-    for name, value in raw.items():
-        if name not in known and value is not None:
-            raise refused(name, value, f"only {', '.join(read) or 'rope_theta'} for rope type {rope_type}")
-    if "factor" in read and "factor" not in raw and rope_type != "longrope":
-        raise refused("factor", None, f"a positive number for rope type {rope_type}")
-
-    # transformers takes these two from the top level as well.
-    both = {
-        name: agreed(f"rope_scaling.{name}", raw.get(name), name, fields.values.get(name))
-        for name in ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
-    }
-    rope = Fields({**raw, **{name: value for name, value in both.items() if value is not None}}, family.defaults)
-    values: dict[str, Any] = {"theta": rope.number("rope_theta", None)}
-    values["partial_rotary_factor"] = rope.number("partial_rotary_factor", None)
-    for name in read:
-        if name == "truncate":
-            values[name] = rope.boolean(name, True)
-        elif name == "original_max_position_embeddings":
-            values[name] = rope.integer(name, None)
-        elif name in ("short_factor", "long_factor"):
-            values[name] = rope.numbers(name)
-        else:
-            values[name] = rope.number(name, None)
-    return RopeConfig(type=rope_type, **{name: value for name, value in values.items() if value is not None})
-
-
-def _own_lengths(rope: RopeConfig, family: _Family) -> dict[str, int]:
+def _own_lengths(rope: RopeConfig, family: Family) -> dict[str, int]:
     """The original length where transformers has one of its own for a family, which it would take for a missing one."""
     name = "original_max_position_embeddings"
     return {name: rope.original_max_position_embeddings or family.defaults[name]} if name in family.defaults else {}
-
-
-def _rope_to_hf(rope: RopeConfig) -> dict[str, Any] | None:
-    if rope.type == "default":
-        return None
-    values = {name: getattr(rope, name) for name in _ROPE_FIELDS[rope.type]}
-    # A factor of null is how a config says "the ratio of the lengths"; the other fields are simply left out.
-    return {"rope_type": rope.type} | {
-        name: value for name, value in values.items() if value is not None or name == "factor"
-    }

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from engine.config import ModelConfig, RopeConfig
+from engine.config import ModelConfig
+from engine.rope_config import RopeConfig
 
 _LLAMA31_ROPE = RopeConfig(
     "llama3",

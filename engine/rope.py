@@ -13,7 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from engine.config import ModelConfig, RopeConfig
+from engine.config import ModelConfig
+from engine.rope_config import RopeConfig
 
 
 def rope_length(config: ModelConfig, planned_length: int) -> int:

@@ -13,8 +13,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from engine.config import ModelConfig, RopeConfig
+from engine.config import ModelConfig
 from engine.errors import InputError
+from engine.rope_config import RopeConfig
 
 SIZES = dict(
     vocab_size=320,

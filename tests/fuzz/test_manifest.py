@@ -11,7 +11,8 @@ from fuzz.harness import for_cases, fuzz
 from hypothesis import strategies as st
 
 from engine.checkpoint import CONFIG_FILE
-from engine.config import ModelConfig, RopeConfig
+from engine.config import ModelConfig
+from engine.rope_config import RopeConfig
 from engine.shard_writer import write_shards
 from engine.shards import MANIFEST_FILE, open_shards, verify
 

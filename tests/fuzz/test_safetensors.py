@@ -15,7 +15,8 @@ from fuzz.harness import for_cases, fuzz
 from hypothesis import strategies as st
 
 from engine.checkpoint import WEIGHTS_FILE, Checkpoint, check_weights
-from engine.config import ModelConfig, RopeConfig
+from engine.config import ModelConfig
+from engine.rope_config import RopeConfig
 from engine.shard_writer import write_shards
 from engine.shards import FileRecord, ShardDir, rank_file
 
