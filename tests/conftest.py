@@ -1,5 +1,8 @@
 import pytest
 import torch
+from checkpoints import save_tiny
+
+from engine import LLM
 
 
 def pytest_configure(config):
@@ -13,3 +16,14 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(no_gpu)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """The preset ``tiny`` as a checkpoint, with a tokenizer of bytes. Nothing may be changed in it."""
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_folder):
+    return LLM(tiny_folder, device="cpu")

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 from chat_templates import ALL, CHATML, GLM, LLAMA_2, LLAMA_3
-from checkpoints import save_tiny
 from ranks import run_ranks
 
 from engine import LLM, SamplingParams
@@ -49,15 +48,10 @@ def refused(source: str, message: str, conversation: object = (user("Hi"),)) -> 
     assert "\n" not in str(caught.value)
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
-
-
 @pytest.fixture
-def folder(tiny, tmp_path):
+def folder(tiny_folder, tmp_path):
     """A model without a template."""
-    return shutil.copytree(tiny, tmp_path / "model")
+    return shutil.copytree(tiny_folder, tmp_path / "model")
 
 
 def edit_config(folder, **changes) -> None:
@@ -261,8 +255,8 @@ GREEDY = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
-def chat_folder(tiny, tmp_path_factory):
-    folder = shutil.copytree(tiny, tmp_path_factory.mktemp("chat") / "model")
+def chat_folder(tiny_folder, tmp_path_factory):
+    folder = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("chat") / "model")
     edit_config(folder, chat_template=LLAMA_2)
     return folder
 
@@ -329,8 +323,8 @@ class TestLLM:
         with pytest.raises(InputError, match=message):
             llm.chat(conversations, GREEDY)
 
-    def test_a_model_that_cannot_chat(self, tiny):
+    def test_a_model_that_cannot_chat(self, tiny_folder):
         with pytest.raises(InputError, match="has no chat template"):
-            LLM(tiny, device="cpu").chat([user("Hi")])
+            LLM(tiny_folder, device="cpu").chat([user("Hi")])
         with pytest.raises(InputError, match="random weights of a preset have no chat template"):
             LLM("tiny", load_format="dummy", device="cpu").chat([user("Hi")])

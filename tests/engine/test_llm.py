@@ -5,7 +5,6 @@ from dataclasses import fields
 import huggingface_hub
 import pytest
 import torch
-from checkpoints import save_tiny
 from huggingface_hub import errors
 from ranks import run_ranks
 from transformers import AutoModelForCausalLM
@@ -21,16 +20,6 @@ BOS = 1
 TEXTS = ["A long beginning that is shared, then one", "A long beginning that is shared, then another", "short"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def llm(folder):
-    return LLM(folder, device="cpu")
-
-
 @pytest.fixture(autouse=True)
 def nothing_kept(llm):
     llm.engine.empty_shared()
@@ -41,8 +30,8 @@ def token_ids(outputs: list[RequestOutput]) -> list[list[tuple[int, ...]]]:
 
 
 @torch.inference_mode()
-def greedy_of_transformers(folder, prompt: list[int], count: int) -> tuple[int, ...]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def greedy_of_transformers(tiny_folder, prompt: list[int], count: int) -> tuple[int, ...]:
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     ids = list(prompt)
     for _ in range(count):
         ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
@@ -50,14 +39,14 @@ def greedy_of_transformers(folder, prompt: list[int], count: int) -> tuple[int, 
 
 
 class TestPrompts:
-    def test_text(self, llm, folder):
+    def test_text(self, llm, tiny_folder):
         outputs = llm.generate(TEXTS, GREEDY)
         for text, output in zip(TEXTS, outputs, strict=True):
             assert output.prompt == text
             assert output.prompt_token_ids == llm.tokenizer.encode(text)
             assert output.prompt_token_ids[0] == BOS
             (sample,) = output.outputs
-            assert sample.token_ids == greedy_of_transformers(folder, output.prompt_token_ids, 6)
+            assert sample.token_ids == greedy_of_transformers(tiny_folder, output.prompt_token_ids, 6)
             assert sample.text == llm.tokenizer.decode(sample.token_ids)
             assert (sample.index, sample.finish_reason) == (0, "length")
             assert (sample.logprobs, sample.logits) == (None, None)
@@ -90,8 +79,8 @@ class TestPrompts:
         assert token_ids(llm.generate(TEXTS, GREEDY, min_shared=1)) == expected
         assert token_ids(llm.generate(TEXTS, GREEDY, attention="noattention")) != expected
 
-    def test_more_work_than_runs_at_once(self, llm, folder):
-        narrow = LLM(folder, device="cpu", max_batch_size=2, cache_tokens=128)
+    def test_more_work_than_runs_at_once(self, llm, tiny_folder):
+        narrow = LLM(tiny_folder, device="cpu", max_batch_size=2, cache_tokens=128)
         assert token_ids(narrow.generate(TEXTS, GREEDY)) == token_ids(llm.generate(TEXTS, GREEDY))
         assert narrow.engine.arena.capacity == 128
 
@@ -194,16 +183,16 @@ class TestKeptLevels:
 
 class TestRanks:
     @pytest.mark.parametrize("size", [2, 4])
-    def test_same_results_with_and_without_shards(self, llm, folder, tmp_path, size):
+    def test_same_results_with_and_without_shards(self, llm, tiny_folder, tmp_path, size):
         params = [
             SamplingParams(n=2, max_tokens=5, logprobs=3),
             GREEDY,
             SamplingParams(top_k=9, min_p=0.1, max_tokens=5),
         ]
-        write_shards(folder, tmp_path / "shards", size, model_name=str(folder))
+        write_shards(tiny_folder, tmp_path / "shards", size, model_name=str(tiny_folder))
 
         def generate(group, tp_dir):
-            return LLM(folder, tp_dir=tp_dir, group=group).generate(TEXTS, params, return_logits=True)
+            return LLM(tiny_folder, tp_dir=tp_dir, group=group).generate(TEXTS, params, return_logits=True)
 
         expected = llm.generate(TEXTS, params, return_logits=True)
         by_rank = run_ranks(size, lambda group: generate(group, None))
@@ -214,12 +203,12 @@ class TestRanks:
             for output, other in zip(cut, mine, strict=True):
                 assert_same(output, other, bits=True)
 
-    def test_shards_need_no_checkpoint(self, folder, tmp_path, llm, capsys, monkeypatch):
+    def test_shards_need_no_checkpoint(self, tiny_folder, tmp_path, llm, capsys, monkeypatch):
         def fail(name, **_):
             raise errors.LocalEntryNotFoundError("no connection")
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-        write_shards(folder, tmp_path, 1, model_name=str(folder))
+        write_shards(tiny_folder, tmp_path, 1, model_name=str(tiny_folder))
         alone = LLM("a/model-that-is-nowhere", tp_dir=tmp_path, device="cpu")
         assert "not at hand" in capsys.readouterr().err
         assert token_ids(alone.generate(TEXTS, GREEDY)) == token_ids(llm.generate(TEXTS, GREEDY))
@@ -332,17 +321,17 @@ class TestTokenizer:
         assert len(output.outputs[0].token_ids) == 6
         assert output.outputs[0].text is None
 
-    def test_a_folder_may_have_none(self, folder, tmp_path):
+    def test_a_folder_may_have_none(self, tiny_folder, tmp_path):
         for name in ("config.json", "model.safetensors"):
-            (tmp_path / name).symlink_to(folder / name)
+            (tmp_path / name).symlink_to(tiny_folder / name)
         llm = LLM(tmp_path, device="cpu")
         assert llm.generate([[5, 6]], GREEDY)[0].outputs[0].text is None
         with pytest.raises(InputError, match=f"{tmp_path} has no tokenizer.json"):
             llm.generate(["text"], GREEDY)
 
-    def test_a_damaged_one_shows_when_it_is_loaded(self, folder, tmp_path):
+    def test_a_damaged_one_shows_when_it_is_loaded(self, tiny_folder, tmp_path):
         for name in ("config.json", "model.safetensors"):
-            (tmp_path / name).symlink_to(folder / name)
+            (tmp_path / name).symlink_to(tiny_folder / name)
         (tmp_path / "tokenizer.json").write_text("{")
         with pytest.raises(InputError, match="tokenizer.json cannot be read"):
             LLM(tmp_path, device="cpu")

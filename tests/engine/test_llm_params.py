@@ -4,7 +4,6 @@ import random
 from dataclasses import replace
 
 import pytest
-from checkpoints import save_tiny
 from ranks import run_ranks
 
 from engine import LLM, SamplingParams
@@ -13,16 +12,6 @@ from engine.errors import InputError
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 SHARED = "A beginning that many of the prompts have in common, "
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def llm(folder):
-    return LLM(folder, device="cpu")
 
 
 def random_params(rng: random.Random) -> SamplingParams:
@@ -100,9 +89,9 @@ class TestMixes:
             assert_same(generate(llm, some, attention=attention), [alone[number] for number in some])
 
     @pytest.mark.parametrize("size", [2, 4])
-    def test_any_number_of_ranks(self, folder, alone, size):
+    def test_any_number_of_ranks(self, tiny_folder, alone, size):
         order = random.Random(7).sample(range(24), 24)
-        for outputs in run_ranks(size, lambda group: generate(LLM(folder, group=group), order)):
+        for outputs in run_ranks(size, lambda group: generate(LLM(tiny_folder, group=group), order)):
             assert_same(outputs, [alone[number] for number in order])
 
 
@@ -199,11 +188,11 @@ class TestOnOutput:
         assert events == ["step", "step", "step", first, "step", "step", "step", "step", second, "step"]
         assert {first, second} == {0, 1}
 
-    def test_on_every_rank_in_the_same_order(self, folder):
+    def test_on_every_rank_in_the_same_order(self, tiny_folder):
         def work(group):
             numbers = []
             params = [replace(GREEDY, max_tokens=count) for count in (5, 2, 1, 2)]
-            LLM(folder, group=group).generate(self.PROMPTS, params, on_output=lambda number, _: numbers.append(number))
+            LLM(tiny_folder, group=group).generate(self.PROMPTS, params, on_output=lambda number, _: numbers.append(number))
             return numbers
 
         first, second = run_ranks(2, work)

@@ -14,20 +14,10 @@ from engine.shard_writer import write_shards
 run = Command("scripts/run.py")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def llm(model):
-    return LLM(model, device="cpu")
-
-
 @pytest.fixture
-def complete(model):
+def complete(tiny_folder):
     """The command with the model and few tokens."""
-    return lambda *arguments: run(model, "--max-tokens", 4, "--device", "cpu", *arguments)
+    return lambda *arguments: run(tiny_folder, "--max-tokens", 4, "--device", "cpu", *arguments)
 
 
 def in_text(outputs) -> str:
@@ -154,7 +144,7 @@ class TestOutput:
 
 
 class TestOptions:
-    def test_all_reach_the_model(self, complete, monkeypatch, model):
+    def test_all_reach_the_model(self, complete, monkeypatch, tiny_folder):
         seen = {}
 
         class Recorded(LLM):
@@ -176,15 +166,15 @@ class TestOptions:
         assert seen.pop("group").device == torch.device("cpu")
         assert callable(seen.pop("on_tokens"))
         assert seen == {
-            "model": str(model), "tp_dir": None, "dtype": "bfloat16", "attention": "hydragen_noshared",
+            "model": str(tiny_folder), "tp_dir": None, "dtype": "bfloat16", "attention": "hydragen_noshared",
             "load_format": "auto", "revision": None, "cache_tokens": 640, "max_batch_size": 1,
             "disable_hierarchy": True, "params": SamplingParams(
                 n=2, temperature=0.5, top_p=0.9, top_k=7, max_tokens=4, seed=3, stop_token_ids=(8, 9), ignore_eos=True
             ),
         }  # fmt: skip
 
-    def test_the_same_on_two_ranks(self, complete, model, tmp_path, monkeypatch):
-        write_shards(model, tmp_path / "shards", 2, model_name=str(model))
+    def test_the_same_on_two_ranks(self, complete, tiny_folder, tmp_path, monkeypatch):
+        write_shards(tiny_folder, tmp_path / "shards", 2, model_name=str(tiny_folder))
         arguments = ("--prompts", "one|two", "--n", 3)
         expected = complete(*arguments).stdout
         options = dict(max_tokens=4, n=3, prompts=["one|two"], tp_dir=tmp_path / "shards")
@@ -194,15 +184,15 @@ class TestOptions:
 
         def work(group):
             groups[threading.get_ident()] = group
-            run.module.generate(str(model), output=tmp_path / "o.txt", **options)
+            run.module.generate(str(tiny_folder), output=tmp_path / "o.txt", **options)
 
         run_ranks(2, work)
         assert (tmp_path / "o.txt").read_text() == expected
 
 
-    def test_in_two_processes(self, complete, model):
+    def test_in_two_processes(self, complete, tiny_folder):
         arguments = ("--prompts", "one|two", "--num-samples", 2)
-        done = torchrun("scripts/run.py", model, "--max-tokens", 4, "--device", "cpu", *arguments)
+        done = torchrun("scripts/run.py", tiny_folder, "--max-tokens", 4, "--device", "cpu", *arguments)
         assert done.returncode == 0, done.stderr
         assert done.stdout == complete(*arguments).stdout
 

@@ -3,30 +3,19 @@
 import json
 
 import pytest
-from checkpoints import save_tiny
 from commands import Command, assert_mistake
 
-from engine import LLM, SamplingParams
+from engine import SamplingParams
 
 run = Command("scripts/run.py")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def llm(model):
-    return LLM(model, device="cpu")
-
-
 @pytest.fixture
-def complete(model):
+def complete(tiny_folder):
     """The command with the model, and what its JSON lines hold."""
 
     def command(*arguments):
-        return [line["outputs"] for line in lines(model, *arguments)]
+        return [line["outputs"] for line in lines(tiny_folder, *arguments)]
 
     return command
 
@@ -59,8 +48,8 @@ def test_logprobs(complete, llm, count):
 
 
 @pytest.mark.parametrize("count", [0, 2])
-def test_prompt_logprobs(model, llm, count):
-    (line,) = lines(model, "--prompts", "one", "--prompt-logprobs", count)
+def test_prompt_logprobs(tiny_folder, llm, count):
+    (line,) = lines(tiny_folder, "--prompts", "one", "--prompt-logprobs", count)
     (expected,) = llm.generate(["one"], SamplingParams(max_tokens=8, prompt_logprobs=count))
     assert line["prompt_logprobs"][0] is None and len(line["prompt_logprobs"]) == len(expected.prompt_token_ids)
     assert line["prompt_logprobs"][1:] == pytest.approx(expected.prompt_logprobs[1:])
@@ -70,8 +59,8 @@ def test_prompt_logprobs(model, llm, count):
         assert found == [list(top) for top in expected.prompt_top_logprobs[1:]]
 
 
-def test_without_being_asked_for_they_are_not_there(model):
-    (line,) = lines(model, "--prompts", "one")
+def test_without_being_asked_for_they_are_not_there(tiny_folder):
+    (line,) = lines(tiny_folder, "--prompts", "one")
     assert line.keys() == {"prompt", "outputs"}
     assert line["outputs"][0].keys() == {"text", "token_ids", "finish_reason"}
 
@@ -97,5 +86,5 @@ def test_stop(complete, llm):
         (["--prompt-logprobs", 2], ["--prompt-logprobs 2 has no place in text; add --jsonl"]),
     ],
 )
-def test_mistakes(model, arguments, parts):
-    assert_mistake(run(model, "--prompts", "a", "--device", "cpu", *arguments), *parts)
+def test_mistakes(tiny_folder, arguments, parts):
+    assert_mistake(run(tiny_folder, "--prompts", "a", "--device", "cpu", *arguments), *parts)
