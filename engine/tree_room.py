@@ -101,6 +101,8 @@ class TreeRoom:
 
     def release(self, sequences: np.ndarray) -> None:
         """Gives back what ``sequences`` (R,), which have ended, and nodes with none left below them took."""
+        if len(sequences) == 0:
+            return
         placement = self.placement
         for i in sequences.tolist():
             self._free(int(placement.sequence_starts[i]), int(placement.sequence_slots[i]))
@@ -121,6 +123,7 @@ class TreeRoom:
         """Gives everything back that is left."""
         self.num_admitted = self._tree.num_sequences
         self.release(self.running)
+        self._drop_unread()
 
     def expect_nan(self) -> None:
         """A computation failed: from now on what is given back is zeroed, for masked reads need every slot finite."""

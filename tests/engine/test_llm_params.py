@@ -192,7 +192,8 @@ class TestOnOutput:
         def work(group):
             numbers = []
             params = [replace(GREEDY, max_tokens=count) for count in (5, 2, 1, 2)]
-            LLM(tiny_folder, group=group).generate(self.PROMPTS, params, on_output=lambda number, _: numbers.append(number))
+            on_output = lambda number, _: numbers.append(number)  # noqa: E731
+            LLM(tiny_folder, group=group).generate(self.PROMPTS, params, on_output=on_output)
             return numbers
 
         first, second = run_ranks(2, work)
