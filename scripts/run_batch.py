@@ -1,0 +1,97 @@
+"""Answer a file of requests in the shape of OpenAI's batch API."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from engine import LLM
+from engine.attention import METHODS
+from engine.batch.job import BatchJob
+from engine.batch.report import batch_progress, print_tally
+from engine.batch.request import Defaults
+from engine.batch.window import WindowSize
+from engine.cli import make_app, make_console, run
+from engine.distributed import init_group
+
+app = make_app()
+
+
+@app.command()
+def run_batch(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A local folder or a Hub id, in Hugging Face format.")],
+    requests: Annotated[Path, typer.Argument(metavar="INPUT", help="JSON lines, a request each.")],
+    results: Annotated[
+        Path, typer.Argument(metavar="OUTPUT", help="Gets a JSON line for each request, as soon as it is answered.")
+    ],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Drop what OUTPUT holds, and begin anew.")] = False,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of requests without one: each draws by this seed and its custom_id.")
+    ] = 0,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="New tokens at most of a chat request that does not say; of others it is 16.")
+    ] = 1024,
+    window_requests: Annotated[
+        int, typer.Option(min=1, help="Requests that are read and run together at most. More share more.")
+    ] = 4096,
+    window_mib: Annotated[
+        int, typer.Option(min=1, help="Memory in MiB that these may take at most, beside the KV cache, roughly.")
+    ] = 256,
+    attention: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")] = "hydragen",
+    tp_dir: Annotated[Path | None, typer.Option(help="Shards made by tools/make_tp_files.py, one for a rank.")] = None,
+    load_format: Annotated[str, typer.Option(help="auto, or dummy for random weights.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. CUDA where there is one.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")] = None,
+    cache_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that the KV cache has room for. Without it: what the work needs.")
+    ] = None,
+    max_batch_size: Annotated[int, typer.Option(min=1, help="Completions that run at once at most.")] = 1024,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for which a rank waits for another.")] = 600,
+) -> None:
+    """Answer a file of requests in the shape of OpenAI's batch API. Shared prefixes are found.
+
+    A line of INPUT is {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "..."}}, or has
+    the url /v1/chat/completions and "messages". docs/batch-files.md lists the fields. A request that cannot be served
+    is answered with status 400 and what is wrong, and the others go on. The same command goes on where one was stopped,
+    by whatever: lines of INPUT that OUTPUT answers are not run again.
+
+    \b
+    Examples:
+      python scripts/run_batch.py path/to/model requests.jsonl results.jsonl
+      python scripts/run_batch.py path/to/model requests.jsonl results.jsonl --overwrite --seed 7 --max-tokens 256
+      torchrun --standalone --nproc_per_node=2 scripts/run_batch.py path/to/model requests.jsonl results.jsonl \\
+          --tp-dir shards
+    """
+    group = init_group(device, timeout_s=timeout)
+    try:
+        job = BatchJob(
+            requests,
+            results,
+            group,
+            overwrite=overwrite,
+            defaults=Defaults(seed, max_tokens),
+            window=WindowSize(window_requests, window_mib << 20),
+        )
+        with job:
+            if not job.is_done:  # loading a model may take long
+                llm = LLM(
+                    model,
+                    tp_dir=tp_dir,
+                    dtype=dtype,
+                    attention=attention,
+                    load_format=load_format,
+                    revision=revision,
+                    cache_tokens=cache_tokens,
+                    max_batch_size=max_batch_size,
+                    group=group,
+                )
+                with batch_progress(job.tally, make_console(stderr=True, quiet=group.rank != 0)) as on_progress:
+                    job.run(llm, model, on_progress)
+        print_tally(job.tally, make_console(quiet=group.rank != 0))
+    finally:
+        group.close()
+
+
+if __name__ == "__main__":
+    run(app)
