@@ -216,9 +216,8 @@ class LLM:
         that the template made, which by default ends where the answer begins. ``options`` are those of ``generate``.
         Raises InputError when the model has no template, or one that does not take the messages.
         """
-        texts = self._chat_template.render_all(
-            conversations, self._now(), add_generation_prompt=add_generation_prompt
-        )
+        now = self.group.broadcast(datetime.now())  # templates may state it, and ranks must agree on every token
+        texts = self._chat_template.render_all(conversations, now, add_generation_prompt=add_generation_prompt)
 
         outputs: dict[int, RequestOutput] = {}
 
@@ -238,12 +237,12 @@ class LLM:
         """
         return self._encode_text(prompt, special=True)
 
-    def encode_chat(self, conversation: Sequence[Message]) -> list[int]:
+    def encode_chat(self, conversation: Sequence[Message], now: datetime) -> list[int]:
         """The token ids of one conversation up to where the answer begins, as ``chat`` lays it out.
 
-        Every rank makes the same call. Raises InputError as ``chat`` does.
+        ``now`` is the time for templates that state it; all ranks must give the same. Raises InputError as ``chat``.
         """
-        return self._encode_text(self._chat_template.render(conversation, self._now()), special=False)
+        return self._encode_text(self._chat_template.render(conversation, now), special=False)
 
     def check_prompt(self, token_ids: Sequence[int], params: SamplingParams) -> None:
         """Raises InputError for a prompt that ``generate`` could serve beside no other: an empty one, ids outside the
@@ -274,10 +273,6 @@ class LLM:
         if self._folder is None:
             raise InputError("random weights of a preset have no chat template; give prompts as lists of token ids")
         return ChatTemplate.from_folder(self._folder)
-
-    def _now(self) -> datetime:
-        """Templates may state it, and ranks must agree on every token."""
-        return self.group.broadcast(datetime.now())
 
     def _encode(self, prompts: Sequence[Prompt], special: bool) -> list[Sequence[int]]:
         if isinstance(prompts, str):

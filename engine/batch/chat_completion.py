@@ -3,6 +3,7 @@
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 from engine.batch.endpoint import EncodedPrompt, answer, check_params, choice
@@ -69,9 +70,9 @@ class ChatBody:
     def num_prompts(self) -> int:
         return 1
 
-    def encode(self, llm: LLM) -> list[EncodedPrompt]:
+    def encode(self, llm: LLM, now: datetime) -> list[EncodedPrompt]:
         check_params(self.params, llm)
-        ids = array("I", llm.encode_chat(self.messages))
+        ids = array("I", llm.encode_chat(self.messages, now))
         room, params = llm.config.max_positions - len(ids), self.params
         if not self.max_tokens_given and 0 < room < params.max_tokens:
             params = replace(params, max_tokens=room)

@@ -3,6 +3,7 @@
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 from engine.batch.endpoint import EncodedPrompt, answer, check_params, choice, require_tokenizer
@@ -51,7 +52,7 @@ class CompletionBody:
     def num_prompts(self) -> int:
         return len(self.prompts)
 
-    def encode(self, llm: LLM) -> list[EncodedPrompt]:
+    def encode(self, llm: LLM, now: datetime) -> list[EncodedPrompt]:
         check_params(self.params, llm)
         if self.echo:
             require_tokenizer(llm, "echo")

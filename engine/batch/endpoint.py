@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Protocol
 
 from engine.batch.refusal import RefusedError
@@ -28,8 +29,11 @@ class Body(Protocol):
     @property
     def num_prompts(self) -> int: ...
 
-    def encode(self, llm: LLM) -> list[EncodedPrompt]:
-        """Its prompts. Every rank makes the same call. Raises InputError where this model has no way to make them."""
+    def encode(self, llm: LLM, now: datetime) -> list[EncodedPrompt]:
+        """Its prompts. ``now`` is the same on every rank, for chat templates that state the time.
+
+        Raises InputError where this model has no way to make them.
+        """
 
     def answer(
         self, request_id: str, model: str, outputs: Sequence[RequestOutput], texts: TokenTexts | None

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -49,6 +50,7 @@ class Runner:
         self._llm, self._model, self._group, self._results = llm, model, group, results
         self._tally, self._on_progress = tally, on_progress
         self._texts = TokenTexts(llm.tokenizer) if llm.has_tokenizer else None
+        self._now = group.broadcast(datetime.now())
         self._started = time.monotonic()
         # Results to be written; the body is made on rank 0 alone.
         self._ready: list[tuple[Origin, int, Callable[[], dict[str, Any]]]] = []
@@ -61,7 +63,7 @@ class Runner:
         places: list[tuple[_Pending, int]] = []  # of each prompt: its request, and its number among that one's
         for request in window.requests:
             try:
-                encoded = request.body.encode(self._llm)
+                encoded = request.body.encode(self._llm, self._now)
                 for prompt in encoded:
                     self._llm.check_prompt(prompt.token_ids, prompt.params)
             except InputError as error:

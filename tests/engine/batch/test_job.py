@@ -1,6 +1,7 @@
 """A batch with a model: what it answers, and that this depends on nothing but the request."""
 
 import json
+from datetime import datetime
 
 import pytest
 from batches import bodies, chat, completion, message, results, save_chat_model, write_batch
@@ -151,7 +152,7 @@ class TestAnswers:
 
     def test_chat_is_as_long_as_the_positions_allow(self, answer, llm, paths):
         room = llm.config.max_positions - 1
-        length = room - len(llm.encode_chat([{"role": "user", "content": ""}]))
+        length = room - len(llm.encode_chat([{"role": "user", "content": ""}], datetime.now()))
         long = chat("long", "x" * length, max_tokens=None, ignore_eos=True)
         answer(long, chat("short", "x", max_tokens=None, ignore_eos=True), defaults=Defaults(max_tokens=3))
         found = bodies(paths[1])
