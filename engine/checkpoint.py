@@ -201,6 +201,15 @@ class Checkpoint:
         """The size of the whole tensor."""
         return num_bytes(self.dtype(name), self.shape(name))
 
+    def files(self) -> list[Path]:
+        """Those that hold the tensors, sorted."""
+        return [self.folder / file for file in sorted(set(self._files.values()))]
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether all that is read lies in the files' pages. Opens every file."""
+        return all(self._open(file).is_mapped for file in set(self._files.values()))
+
     def read(self, name: str, dim: int | None = None, start: int = 0, length: int | None = None) -> Tensor:
         """The tensor, or its part ``start : start + length`` of ``dim``: a view of the mapped file, not to be written.
 

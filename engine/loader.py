@@ -4,6 +4,7 @@ Whatever the source, a ``TensorShard`` says what a rank holds, so that the numbe
 """
 
 import hashlib
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.checkpoint import CONFIG_FILE, Checkpoint, check_weights, load_config, resolve_model
 from engine.config import ModelConfig
@@ -21,8 +22,10 @@ from engine.cpu import read_cpu
 from engine.distributed import TPGroup
 from engine.dummy import dummy_tensor
 from engine.errors import InputError
-from engine.finite_weights import check_finite
+from engine.finite_weights import check_all_finite
+from engine.huge_pages import use_huge_pages
 from engine.layers import WeightSlot
+from engine.mapped_weights import as_one
 from engine.memory import available_bytes
 from engine.messages import one_line
 from engine.model import Transformer
@@ -52,7 +55,9 @@ class LoadedModel:
 class _Source:
     config: ModelConfig
     folder: Path | None
-    read: Callable[[TensorShard], Tensor]  # the shard, with or without its padding
+    # The shard's parts, one after the other along its dimension, with or without its padding.
+    read: Callable[[TensorShard], list[Tensor]]
+    is_mapped: bool  # they lie in mapped files, and may stay in use there
 
 
 def load_model(
@@ -94,7 +99,7 @@ def load_model(
         _together(group, lambda: _check_room(model, free, group))
         if group.rank == 0:
             _notice_emulation(model.config.dtype, group.device)
-        _together(group, lambda: _fill(model, source.read))
+        _together(group, lambda: _fill(model, source))
     return LoadedModel(model, model.config, source.folder)
 
 
@@ -141,7 +146,7 @@ def _shard_source(tp_dir: Path, name: str, revision: str | None, group: TPGroup,
     if group.rank == 0:
         _compare(shards, name, revision)
     file = stack.enter_context(shards.open_rank(group.rank))
-    return _Source(shards.manifest.config, tp_dir, lambda shard: file.get_tensor(shard.name))
+    return _Source(shards.manifest.config, tp_dir, lambda shard: [file.get_tensor(shard.name)], is_mapped=True)
 
 
 def _checkpoint_source(name: str, revision: str | None, group: TPGroup, stack: ExitStack) -> _Source:
@@ -150,13 +155,13 @@ def _checkpoint_source(name: str, revision: str | None, group: TPGroup, stack: E
     checkpoint = stack.enter_context(Checkpoint(folder))
     check_weights(checkpoint, config)
 
-    def read(shard: TensorShard) -> Tensor:
+    def read(shard: TensorShard) -> list[Tensor]:
         if shard.dim is None:
-            return checkpoint.read(shard.name)
-        parts = [checkpoint.read(shard.name, shard.dim, *stretch) for stretch in shard.stretches]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, shard.dim)
+            return [checkpoint.read(shard.name)]
+        return [checkpoint.read(shard.name, shard.dim, *stretch) for stretch in shard.stretches]
 
-    return _Source(config, folder, read)
+    # One of several ranks would keep whole files mapped for the few of its parts that lie there as it needs them.
+    return _Source(config, folder, read, is_mapped=group.size == 1 and checkpoint.is_mapped)
 
 
 def _dummy_source(name: str, revision: str | None, seed: int) -> _Source:
@@ -170,10 +175,10 @@ def _dummy_source(name: str, revision: str | None, seed: int) -> _Source:
     else:
         raise InputError(f"revision {revision!r} has no effect on the preset {name}; leave it out")
 
-    def read(shard: TensorShard) -> Tensor:
-        return shard.cut(dummy_tensor(shard.name, shard.full_shape, config.dtype, seed))
+    def read(shard: TensorShard) -> list[Tensor]:
+        return [shard.cut(dummy_tensor(shard.name, shard.full_shape, config.dtype, seed))]
 
-    return _Source(config, folder, read)
+    return _Source(config, folder, read, is_mapped=False)
 
 
 def _compare(shards: ShardDir, name: str, revision: str | None) -> None:
@@ -297,27 +302,64 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
             torch.set_default_dtype(before)
 
 
-def _fill(model: Transformer, read: Callable[[TensorShard], Tensor]) -> None:
-    """Copies every shard to its place; afterwards no parameter is uninitialised."""
-    num_filled = 0
-    for slot in model.weight_slots():
-        _fill_slot(slot, read(slot.shard))
-        num_filled += slot.target.numel()
+def _fill(model: Transformer, source: _Source) -> None:
+    """Gives every parameter its weights; afterwards none is uninitialised."""
+    weights: dict[str, Tensor] = {}
+    for parameter, slots in _slots_of_parameters(model):
+        if not (source.is_mapped and _use_as_it_lies(parameter, slots, source)):
+            use_huge_pages(parameter)
+            for slot in slots:
+                _copy(slot, source.read(slot.shard))
+        weights |= {slot.shard.name: slot.target for slot in slots}
+    check_all_finite(weights)
+    num_filled = sum(weight.numel() for weight in weights.values())
     num_elements = sum(parameter.numel() for parameter in model.parameters())
     assert num_filled == num_elements, f"{num_filled} of {num_elements} elements were loaded"
 
 
-def _fill_slot(slot: WeightSlot, part: Tensor) -> None:
-    """``part`` is the shard, with or without its padding, of any dtype."""
-    shard, target = slot.shard, slot.target
-    dim = shard.dim or 0
-    length = part.shape[dim]
+def _slots_of_parameters(model: Transformer) -> Iterator[tuple[nn.Parameter, list[WeightSlot]]]:
+    """Each parameter with its slots, which come one after the other."""
+    parameters = {parameter.untyped_storage().data_ptr(): parameter for parameter in model.parameters()}
+    slots = itertools.groupby(list(model.weight_slots()), lambda slot: slot.target.untyped_storage().data_ptr())
+    for address, of_parameter in slots:
+        yield parameters[address], list(of_parameter)
+
+
+def _use_as_it_lies(parameter: nn.Parameter, slots: list[WeightSlot], source: _Source) -> bool:
+    """Puts the parameter and its slots where the weights lie in a mapped file; False where they have to be copied: to
+    another device or dtype, or because they lie apart, in stripes or without their padding."""
+    if parameter.device.type != "cpu":
+        return False
+    parts = [source.read(slot.shard) for slot in slots]
+    flat = as_one([part for of_slot in parts for part in of_slot])
+    if flat is None or flat.dtype != parameter.dtype or flat.numel() != parameter.numel():
+        return False
+    parameter.data = flat.view(parameter.shape)
+    rows = [slot.shard.shape[0] for slot in slots]
+    for slot, of_slot, target in zip(slots, parts, parameter.data.split(rows), strict=True):
+        _check_shape(slot, of_slot)
+        slot.target.data = target
+    return True
+
+
+def _copy(slot: WeightSlot, parts: list[Tensor]) -> None:
+    """Of any dtype. Padding that the parts do not have becomes zeros."""
+    _check_shape(slot, parts)
+    dim, end = slot.shard.dim or 0, 0
+    for part in parts:
+        slot.target.narrow(dim, end, part.shape[dim]).copy_(part)
+        end += part.shape[dim]
+    slot.target.narrow(dim, end, slot.shard.padded_length - end).zero_()
+
+
+def _check_shape(slot: WeightSlot, parts: list[Tensor]) -> None:
+    """A part of another shape would be broadcast."""
+    shard, dim = slot.shard, slot.shard.dim or 0
+    length = sum(part.shape[dim] for part in parts)
     assert length in (shard.length, shard.padded_length), f"{shard.name}: {length} of {shard}"
-    real = target.narrow(dim, 0, length)
-    assert real.shape == part.shape, f"{shard.name}: {tuple(part.shape)} for {tuple(real.shape)}"  # copy_ broadcasts
-    real.copy_(part)
-    target.narrow(dim, length, shard.padded_length - length).zero_()
-    check_finite(shard.name, target)
+    for part in parts:
+        expected = (*shard.shape[:dim], part.shape[dim], *shard.shape[dim + 1 :])
+        assert part.shape == expected, f"{shard.name}: {tuple(part.shape)} for {expected}"
 
 
 def _together(group: TPGroup, action: Callable[[], T]) -> T:

@@ -9,6 +9,7 @@ from engine.distributed import TPGroup
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
+_STATUS = Path("/proc/self/status")
 # Of a container: its limit, its use, and in its statistics the file cache that counts as used but gives way.
 _CGROUP_FILES = (
     ("memory.max", "memory.current", "inactive_file"),
@@ -25,12 +26,13 @@ def available_bytes(group: TPGroup) -> int:
         torch.cuda.empty_cache()  # what PyTorch keeps of earlier work is free too
         group.barrier()  # and what it keeps in the other ranks of the device
         free, _ = torch.cuda.mem_get_info(group.device)
-        place = str(torch.cuda.get_device_properties(group.device).uuid)
+        place, mapped = str(torch.cuda.get_device_properties(group.device).uuid), 0
     else:
-        free, place = free_host_bytes(), os.uname().nodename
+        free, place, mapped = free_host_bytes(), os.uname().nodename, mapped_bytes()
     # Two ranks that asked a moment apart see different numbers; all that share a place go by its lowest.
-    reports = [r for r in group.gather_objects((place, free)) if r[0] == place]
-    return min(free for _, free in reports) // len(reports)
+    reports = [r for r in group.gather_objects((place, free, mapped)) if r[0] == place]
+    free, in_use = min(free for _, free, _ in reports), sum(mapped for _, _, mapped in reports)
+    return max(free - in_use, 0) // len(reports)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -54,7 +56,16 @@ def free_host_bytes(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int:
     return max(free, 0)
 
 
+def mapped_bytes(status: Path = _STATUS) -> int:
+    """Of this process's mapped files, the bytes in memory; 0 where nothing tells.
+
+    The system counts them as free, since it can drop them and read them again. Weights that are used where they lie in
+    a file are among them, and every step would read them again.
+    """
+    return _fields(status)["RssFile:"] * 1024 if status.exists() else 0
+
+
 def _fields(path: Path) -> dict[str, int]:
-    """The first two words of each line."""
-    words = (line.split() for line in path.read_text().splitlines())
-    return {name: int(value) for name, value, *_ in words}
+    """The first two words of each line that has a number second."""
+    words = (line.split()[:2] for line in path.read_text().splitlines())
+    return {pair[0]: int(pair[1]) for pair in words if len(pair) == 2 and pair[1].isdigit()}

@@ -1,17 +1,19 @@
 """Cuts a checkpoint into a shard directory (see ``engine.shards``), tensor by tensor.
 
 The checkpoint is mapped and each rank's part goes straight into that rank's file, so that memory holds no more than
-one part of one tensor, whatever the model and the number of splits.
+the ranks' parts of one tensor and one part of the next, whatever the model and the number of splits.
 """
 
 import errno
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -105,23 +107,37 @@ def write_shards(
 
 
 class _HashingWriter(SafetensorsWriter):
-    """Takes the file's checksum as it grows, for which the tensors have to come in the declared order."""
+    """Takes the file's checksum as it grows, for which the tensors have to come in the declared order.
+
+    A thread of its own does that, one tensor behind at most: a checksum takes longer than all the rest.
+    """
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
         super().__init__(path, tensors)
         self._file.flush()
-        self._digest = hashlib.sha256(partial_path(path).read_bytes())  # so far the file is its header
         self._order = iter(tensors)
+        self._digest = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        # Done when all that was written is in the digest. So far the file is its header.
+        self._hashed = self._thread.submit(self._digest.update, partial_path(path).read_bytes())
 
     def write(self, name: str, tensor: Tensor) -> None:
         assert name == next(self._order), f"{name} is out of order"
-        tensor = tensor.contiguous()
-        self._digest.update(_bytes(tensor))
+        assert tensor.is_contiguous(), f"{name}: both threads read it where it lies"
+        self._hashed.result()
+        self._hashed = self._thread.submit(self._digest.update, _bytes(tensor))
         super().write(name, tensor)
 
     def record(self) -> FileRecord:
         """Of the finished file."""
+        self._hashed.result()
         return FileRecord(self.path.stat().st_size, self._digest.hexdigest())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown()
+        super().__exit__(kind, error, trace)
 
 
 def _write(
@@ -143,10 +159,11 @@ def _write(
             )
             for rank, of_rank in enumerate(shards)
         ]
+        stack.enter_context(_one_thread())
         for parts in zip(*shards, strict=True):
             full = checkpoint.read(parts[0].name)
             for writer, shard in zip(writers, parts, strict=True):
-                part = shard.cut(full).to(dtype)
+                part = shard.cut(full).to(dtype).contiguous()
                 check_finite(shard.name, part)
                 writer.write(shard.name, part)
                 done += num_bytes(dtype, shard.shape)
@@ -158,6 +175,18 @@ def _write(
     manifest = replace(plan, files=files | dict(plan.files))
     write_whole(outdir / MANIFEST_FILE, _json(manifest.to_json()))
     return ShardDir(outdir, manifest)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Has PyTorch use one thread. Those that take checksums need the cores, on which others of its own would wait for
+    each other, busily, after each of these short operations."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _rank_bytes(plan: Manifest) -> int:

@@ -19,6 +19,8 @@ from engine.safetensors_writer import SAFETENSORS_DTYPES
 class WeightFile(Protocol):
     """An open file of named tensors. Methods raise InputError, naming file and tensor, for what cannot be read."""
 
+    is_mapped: bool  # what is read lies in the file's pages, not in memory of this process
+
     def names(self) -> list[str]: ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...
@@ -43,6 +45,8 @@ def open_weights(path: Path) -> WeightFile:
 
 class SafetensorsFile:
     """A mapped safetensors file."""
+
+    is_mapped = True
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -90,7 +94,8 @@ class TorchFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._tensors = _load(path)
+        self.is_mapped = _can_map(path)
+        self._tensors = _load(path, self.is_mapped)
 
     def names(self) -> list[str]:
         return list(self._tensors)
@@ -119,8 +124,7 @@ class TorchFile:
         return self._tensors[name]
 
 
-def _load(path: Path) -> dict[str, Tensor]:
-    can_map = _can_map(path)
+def _load(path: Path, can_map: bool) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():  # PyTorch's, of old formats: the user can do nothing about them
             warnings.simplefilter("ignore")

@@ -8,12 +8,13 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from checkpoints import SPLITS, save_hf
+from checkpoints import SPLITS, save_hf, save_tiny
 from huggingface_hub import errors
 from models import hf_model, our_model
 from ranks import run_ranks
 
 import engine.loader
+from engine.checkpoint import Checkpoint
 from engine.config import ModelConfig
 from engine.cpu import CPU
 from engine.distributed import TPGroup
@@ -153,6 +154,85 @@ class TestSameNumbersFromEverySource:
 
     def test_a_part_of_another_shape_is_not_broadcast(self, hf_folder, monkeypatch):
         monkeypatch.setattr(engine.loader.Checkpoint, "read", lambda self, name, *_: torch.zeros(1))
+        with pytest.raises(AssertionError, match="model.embed_tokens.weight"):
+            load_model(hf_folder, TPGroup())
+
+
+def mapped_file(tensor: torch.Tensor) -> str | None:
+    """The name of the file whose pages hold all of the tensor; None where it lies in memory of the process."""
+    start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, *_, name = line.split()
+        first, last = (int(address, 16) for address in addresses.split("-"))
+        if first <= start and end <= last:
+            return Path(name).name if name.startswith("/") else None
+    return None
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mappings")
+class TestWeightsAreUsedWhereTheyLie:
+    @pytest.mark.parametrize(("family", "changes", "size"), SPLITS)
+    def test_of_a_shard_all(self, tmp_path, family, changes, size):
+        folder = save_hf(tmp_path / "hf", family, **changes)
+        write_shards(folder, tmp_path / "shards", size, model_name=str(folder))
+        for rank in range(size):
+            model = load_model(folder, Alone(rank, size), tp_dir=tmp_path / "shards").model
+            assert {mapped_file(parameter) for parameter in model.parameters()} == {rank_file(rank, size)}
+            for slot in model.weight_slots():
+                assert mapped_file(slot.target) == rank_file(rank, size)
+
+    def test_of_a_checkpoint_those_that_lie_as_they_are_needed(self, hf_folder, tmp_path):
+        model = load_model(save_tiny(tmp_path), TPGroup()).model
+        assert {mapped_file(parameter) for parameter in model.parameters()} == {"model.safetensors"}
+        places = {n: mapped_file(p) for n, p in parameters(load_model(hf_folder, TPGroup()).model).items()}
+        copied = {name for name, place in places.items() if place is None}  # transformers sorts by name: k, o, q, v
+        assert copied == {name for name in places if "qkv_proj" in name}
+
+    def test_not_where_they_are_cut_or_converted(self, hf_folder, shard_folder):
+        for group, options in [
+            (Alone(0, 2), {}),
+            (TPGroup(), dict(dtype="bfloat16")),
+            (Alone(0, 2), dict(dtype="float16", tp_dir=shard_folder)),
+        ]:
+            model = load_model(hf_folder, group, **options).model
+            assert {mapped_file(parameter) for parameter in model.parameters()} == {None}
+
+    def test_not_in_files_that_are_read_whole(self, hf_folder, tmp_path):
+        with Checkpoint(hf_folder) as checkpoint:
+            tensors = {name: checkpoint.read(name).clone() for name in checkpoint.names()}
+        (tmp_path / "config.json").write_bytes((hf_folder / "config.json").read_bytes())
+        for old, expected in ((False, "pytorch_model.bin"), (True, None)):
+            torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=not old)
+            assert mapped_file(load_model(tmp_path, TPGroup()).model.head.weight) == expected
+
+    def test_the_file_may_go_and_is_never_written(self, own_shards, hf_folder):
+        path = own_shards / rank_file(1, 2)
+        before = path.read_bytes()
+        model = load_model(hf_folder, Alone(1, 2), tp_dir=own_shards).model
+        for slot in model.weight_slots():
+            slot.target.mul_(2)
+        assert path.read_bytes() == before
+        path.unlink()
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+        assert_equal(model, our_model(hf_model(), Alone(1, 2)))
+
+    def test_tied_weights_stay_tied(self, tmp_path):
+        folder = save_hf(tmp_path, "llama, multi-head, tied")
+        model = load_model(folder, TPGroup()).model
+        assert model.head.weight is model.embedding.weight
+        assert mapped_file(model.head.weight) is not None
+
+    def test_what_is_not_finite_is_named_all_the_same(self, tmp_path):
+        hf = hf_model()
+        hf.get_parameter("model.layers.1.mlp.up_proj.weight").data[-1, -1] = float("nan")
+        hf.save_pretrained(tmp_path)
+        with pytest.raises(InputError, match="model.layers.1.mlp.up_proj.weight holds NaN or infinity in float32"):
+            load_model(tmp_path, TPGroup())
+
+    def test_another_shape_of_as_many_elements_does_not_pass(self, hf_folder, monkeypatch):
+        read = Checkpoint.read
+        monkeypatch.setattr(Checkpoint, "read", lambda *args: read(*args).view(-1))
         with pytest.raises(AssertionError, match="model.embed_tokens.weight"):
             load_model(hf_folder, TPGroup())
 
@@ -357,10 +437,10 @@ class TestAllRanksFailTogether:
     def test_the_fault_of_one_is_everyones(self, hf_folder, monkeypatch):
         fill = engine.loader._fill
 
-        def faulty(model, read):
+        def faulty(model, source):
             if model.group.rank == 1:
                 raise KeyError("a bug")
-            fill(model, read)
+            fill(model, source)
 
         monkeypatch.setattr(engine.loader, "_fill", faulty)
         outcomes = run_ranks(4, lambda group: self.outcome(group, hf_folder))

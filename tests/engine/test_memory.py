@@ -1,3 +1,4 @@
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -6,7 +7,7 @@ from ranks import run_ranks
 
 from engine import memory
 from engine.distributed import TPGroup
-from engine.memory import available_bytes, free_host_bytes, is_out_of_memory
+from engine.memory import available_bytes, free_host_bytes, is_out_of_memory, mapped_bytes
 
 GIB = 2**30
 
@@ -61,15 +62,33 @@ def test_where_nothing_tells(tmp_path):
 def test_ranks_of_one_machine_share_and_agree(monkeypatch):
     free = iter([6 * GIB, 4 * GIB])
     monkeypatch.setattr(memory, "free_host_bytes", lambda: next(free))
-    assert run_ranks(2, available_bytes) == [2 * GIB, 2 * GIB]
+    monkeypatch.setattr(memory, "mapped_bytes", lambda: GIB)
+    assert run_ranks(2, available_bytes) == [GIB, GIB]  # half of 4 less what both use of files
+
+
+def test_never_less_than_nothing_beside_mapped_files(monkeypatch):
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: GIB)
+    monkeypatch.setattr(memory, "mapped_bytes", lambda: 2 * GIB)
+    assert available_bytes(TPGroup()) == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's memory accounting")
+def test_a_mapped_file_counts_as_far_as_it_was_read(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(64 * 2**20))
+    before = mapped_bytes()
+    mapped = torch.from_file(str(tmp_path / "file"), size=64 * 2**20, dtype=torch.uint8)
+    assert mapped[: 32 * 2**20].sum() == 0
+    assert 32 * 2**20 <= mapped_bytes() - before < 48 * 2**20
+    assert mapped_bytes(tmp_path / "none") == 0
 
 
 def test_ranks_of_two_machines_do_not(monkeypatch):
     class Elsewhere(TPGroup):
         def gather_objects(self, value):
-            return [value, ("another machine", GIB)]
+            return [value, ("another machine", GIB, GIB)]
 
     monkeypatch.setattr(memory, "free_host_bytes", lambda: 6 * GIB)
+    monkeypatch.setattr(memory, "mapped_bytes", lambda: 0)
     assert available_bytes(Elsewhere(0, 2)) == 6 * GIB
 
 

@@ -28,6 +28,15 @@ def test_the_library_reads_back_what_was_written_in_any_order(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
 
 
+@pytest.mark.parametrize("name", ["a", "a" * 13])
+def test_tensors_begin_where_a_cache_line_does(tmp_path, name):
+    with SafetensorsWriter(tmp_path / "x", {name: (torch.float32, (16,))}) as writer:
+        writer.write(name, torch.ones(16))
+    data = (tmp_path / "x").read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    assert start % 64 == 0 and len(data) == start + 64
+
+
 def test_an_error_leaves_nothing_and_keeps_what_was_there(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"before")
