@@ -12,9 +12,10 @@ from contextlib import contextmanager
 import typer
 from rich.console import Console
 
-from engine.distributed import RankLostError, launched_rank, launched_size
+from engine.distributed import launched_rank, launched_size
 from engine.errors import InputError
 from engine.memory import is_out_of_memory
+from engine.peers import RankLostError
 
 # Of output that is no terminal: a table keeps its columns, whatever width a terminal is assumed to have.
 _FILE_WIDTH = 140

@@ -1,5 +1,6 @@
 """The program of one process of a gloo group; ``tests/engine/test_distributed.py`` starts it. Arguments: a folder for
-the results, the number of ranks of each group to join, and the port of each. A rank beyond a group's size sits it out.
+the results, and for each group to join its number of ranks, its port and how tensors go (``memory`` that ranks share,
+or ``gloo``), as in ``4:29500:memory``. A rank beyond a group's size sits it out.
 """
 
 import os
@@ -12,6 +13,7 @@ from engine.config import ModelConfig
 from engine.distributed import TPGroup, init_group
 from engine.dummy import dummy_tensor
 from engine.engine import Engine, Levels
+from engine.host_exchange import HostExchange
 from engine.model import Transformer
 from engine.sampling import SamplingParams
 
@@ -71,8 +73,11 @@ def generate(engine: Engine) -> dict:
 
 
 def check_collectives(group: TPGroup) -> None:
-    ones = torch.full((3,), float(group.rank + 1))
-    assert group.all_reduce(ones) is ones and ones.tolist() == [sum(range(1, group.size + 1))] * 3
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        ones = torch.full((3,), float(group.rank + 1), dtype=dtype)
+        assert group.all_reduce(ones) is ones and ones.tolist() == [sum(range(1, group.size + 1))] * 3
+    large = torch.arange(600_000.0) * (group.rank + 1)
+    assert torch.equal(group.all_reduce(large), torch.arange(600_000.0) * sum(range(1, group.size + 1)))
     strided = torch.arange(6).view(2, 3).T + 10 * group.rank
     gathered = group.all_gather(strided)
     assert gathered.shape == (group.size, 3, 2)
@@ -83,17 +88,21 @@ def check_collectives(group: TPGroup) -> None:
 
 
 def main() -> None:
-    folder, sizes, ports = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3].split(",")
+    folder = Path(sys.argv[1])
     torch.set_num_threads(1)
-    for size, port in zip(sizes, ports, strict=True):
+    join = HostExchange.join
+    for described in sys.argv[2:]:
+        size, port, way = described.split(":")
         if int(os.environ["RANK"]) >= int(size):
             continue
         os.environ |= {"WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        HostExchange.join = join if way == "memory" else lambda *_: None
         group = init_group("cpu", timeout_s=60)
+        assert (group._host is not None) == (way == "memory")
         check_collectives(group)
         engine = make_engine(group)
         results = {"cases": generate(engine), "max_tokens": engine.arena.max_tokens, "size": group.size}
-        torch.save(results, folder / f"{size}-{group.rank}.pt")
+        torch.save(results, folder / f"{size}-{way}-{group.rank}.pt")
         group.close()
 
 

@@ -15,24 +15,24 @@ from engine.errors import InputError
 
 # --- real processes ---
 
-SIZES = [4, 2]
+GROUPS = [(4, "memory"), (2, "memory"), (2, "gloo")]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What each rank of a group of four and then of a group of two generated, by (size, rank)."""
+    """What each rank of the groups, one after another, generated, by (size, way, rank)."""
     folder = tmp_path_factory.mktemp("ranks")
     with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in SIZES]
+        sockets = [stack.enter_context(socket.socket()) for _ in GROUPS]
         for s in sockets:
             s.bind(("127.0.0.1", 0))
-        ports = [str(s.getsockname()[1]) for s in sockets]
+        groups = [f"{size}:{s.getsockname()[1]}:{way}" for (size, way), s in zip(GROUPS, sockets, strict=True)]
     root = Path(gloo_rank.__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, gloo_rank.__file__, str(folder), ",".join(map(str, SIZES)), ",".join(ports)]
+    command = [sys.executable, gloo_rank.__file__, str(folder), *groups]
     processes = [
         subprocess.Popen(command, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(max(SIZES))
+        for rank in range(4)
     ]
     try:
         for rank, process in enumerate(processes):
@@ -41,13 +41,17 @@ def results(tmp_path_factory):
     finally:
         for process in processes:
             process.kill()
-    return {(size, rank): torch.load(folder / f"{size}-{rank}.pt") for size in SIZES for rank in range(size)}
+    return {
+        (size, way, rank): torch.load(folder / f"{size}-{way}-{rank}.pt")
+        for size, way in GROUPS
+        for rank in range(size)
+    }
 
 
 def test_processes_generate_what_one_generates(results):
     alone = gloo_rank.generate(gloo_rank.make_engine(TPGroup()))
     assert {reason for case in alone.values() for _, reason, _, _ in case} == {"stop", "length"}
-    for (size, _), made in results.items():
+    for (size, *_), made in results.items():
         assert made["size"] == size and made["cases"].keys() == alone.keys()
         for name, case in alone.items():
             for (tokens, reason, logprobs, logits), mine in zip(case, made["cases"][name], strict=True):
@@ -58,8 +62,8 @@ def test_processes_generate_what_one_generates(results):
 
 
 def test_every_process_returns_the_same_bits_and_has_the_same_room(results):
-    for (size, rank), made in results.items():
-        first = results[size, 0]
+    for (size, way, rank), made in results.items():
+        first = results[size, way, 0]
         assert made["max_tokens"] == first["max_tokens"] > 0
         for name, case in first["cases"].items():
             for (*outcome, logits), (*mine, my_logits) in zip(case, made["cases"][name], strict=True):

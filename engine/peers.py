@@ -1,0 +1,142 @@
+"""What has become of the other ranks when one of them does not answer."""
+
+import os
+import signal
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+# Seconds in which a process whose connections have just broken is seen to have ended.
+_ENDING_S = 1.0
+
+
+class RankLostError(RuntimeError):
+    """Another rank has ended, is stopped or does not answer, so that this one cannot go on.
+
+    ``told_elsewhere`` says that another rank reports the cause.
+    """
+
+    def __init__(self, message: str, told_elsewhere: bool = False):
+        super().__init__(message)
+        self.told_elsewhere = told_elsewhere
+
+
+@dataclass(frozen=True)
+class _Process:
+    """Where a rank runs. ``started`` tells it from a later process with its number."""
+
+    place: str  # a process can only be looked at from the place that it runs in
+    pid: int
+    started: str
+
+    @classmethod
+    def own(cls) -> "_Process":
+        pid = os.getpid()
+        try:
+            namespace = os.stat("/proc/self/ns/pid").st_ino
+        except OSError:  # no Linux: nothing can be looked at
+            return cls(f"{os.uname().nodename} {pid}", pid, "")
+        _, started = _state_and_start(pid)
+        return cls(f"{os.uname().nodename} {namespace}", pid, started)
+
+    def has_ended(self) -> bool:
+        state, started = _state_and_start(self.pid)
+        return started != self.started or state in ("Z", "X")
+
+    def is_stopped(self) -> bool:
+        return _state_and_start(self.pid) in (("T", self.started), ("t", self.started))
+
+
+def _state_and_start(pid: int) -> tuple[str, str]:
+    """Of a process, as ``man 5 proc`` has them in ``stat``; empty when there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "", ""
+    return fields[0], fields[19]
+
+
+class Peers:
+    """What has become of the other ranks, as far as this host can tell.
+
+    A rank that ends by itself says in the group's store that it leaves, and reports its own error; one that was killed
+    has not left.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout_s: float):
+        self._store, self._rank, self._size = dist.PrefixStore("peers", store), rank, size
+        self._timeout_s = timeout_s
+        own = _Process.own()
+        self._store.set(f"process {rank}", f"{own.place}/{own.pid}/{own.started}")
+        self._others = {}
+        for other in set(range(size)) - {rank}:
+            place, pid, started = self._store.get(f"process {other}").decode().split("/")  # waits for it to come
+            if place == own.place:
+                self._others[other] = _Process(place, int(pid), started)
+        self._handler = None
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def leave(self) -> None:
+        with suppress(RuntimeError):  # the store may have ended with its process
+            self._store.set(f"left {self._rank}", "")
+        if self._handler is not None:
+            signal.signal(signal.SIGTERM, self._handler)
+
+    @property
+    def are_all_here(self) -> bool:
+        """Whether all ranks run on this host, where they see each other; if so, each of them says so."""
+        return len(self._others) == self._size - 1
+
+    def check(self, waited_s: float) -> None:
+        """Raises RankLostError when a rank that has been waited for is not going to come, or for too long."""
+        if waited_s > self._timeout_s:
+            raise self.explain(RuntimeError(f"waited for {waited_s:.0f} s"))
+        if self._killed() is not None or any(self._has_left(rank) for rank in self._others):
+            raise self.explain(RuntimeError("a rank has ended"))
+
+    def explain(self, error: RuntimeError) -> RankLostError:
+        """Of a collective that failed. Looks for the rank at fault; one that is stopped goes on, so that it can end."""
+        deadline = time.monotonic() + _ENDING_S
+        while True:
+            if (killed := self._killed()) is not None:
+                return killed
+            if left := [rank for rank in self._others if self._has_left(rank)]:
+                return RankLostError(f"rank {left[0]} has ended", told_elsewhere=True)
+            if stopped := [rank for rank, process in self._others.items() if process.is_stopped()]:
+                for rank in stopped:
+                    with suppress(ProcessLookupError, PermissionError):
+                        os.kill(self._others[rank].pid, signal.SIGCONT)
+                return self._lost(stopped, f"stopped, and did not answer for {self._timeout_s:g} s; run it again")
+            if time.monotonic() > deadline:
+                said = str(error).partition("\n")[0]
+                return RankLostError(f"another rank did not answer, though none here has ended or is stopped: {said}")
+            time.sleep(0.02)
+
+    def _on_sigterm(self, *_) -> None:
+        """The launcher ends all ranks when one has died, and nobody but this rank may be left to say so."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        killed = self._killed()
+        raise SystemExit(128 + signal.SIGTERM) if killed is None or killed.told_elsewhere else killed
+
+    def _killed(self) -> RankLostError | None:
+        ended = [rank for rank, process in self._others.items() if process.has_ended() and not self._has_left(rank)]
+        if not ended:
+            return None
+        return self._lost(ended, "dead: it was killed, or crashed; the launcher's report says by what")
+
+    def _lost(self, ranks: list[int], what: str) -> RankLostError:
+        """The lowest rank that is left tells it."""
+        processes = ", ".join(f"rank {rank} (process {self._others[rank].pid})" for rank in ranks)
+        message = f"{processes} {'is' if len(ranks) == 1 else 'are'} {what}"
+        return RankLostError(message, told_elsewhere=bool(set(range(self._rank)) - set(ranks)))
+
+    def _has_left(self, rank: int) -> bool:
+        try:
+            return self._store.check([f"left {rank}"])
+        except RuntimeError:  # the store has ended with its process
+            return False
