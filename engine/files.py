@@ -2,6 +2,8 @@
 
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -62,6 +64,22 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError:
         return False
+
+
+@contextmanager
+def locked_directory(path: Path) -> Iterator[None]:
+    """Alone in a directory, which is there: raises InputError while another process is. Nothing is left in it."""
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{path} is being written by another run; wait for its end, or use another directory"
+            ) from None
+        yield
+    finally:
+        os.close(directory)
 
 
 def check_outdir(outdir: Path) -> None:

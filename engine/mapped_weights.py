@@ -21,7 +21,9 @@ def as_one(parts: Sequence[Tensor]) -> Tensor | None:
     dtype, start = parts[0].dtype, parts[0].data_ptr()
     end = start
     for part in parts:
-        if part.device.type != "cpu" or part.dtype != dtype or part.data_ptr() != end or not part.is_contiguous():
+        # One with the negative bit holds the negative of what lies there.
+        lies_there = part.device.type == "cpu" and part.is_contiguous() and not part.is_neg()
+        if not lies_there or part.dtype != dtype or part.data_ptr() != end:
             return None
         end += part.nbytes
     if start == end or start % dtype.itemsize:

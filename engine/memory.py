@@ -1,6 +1,7 @@
 """How much memory there is for a rank to take, agreed on by the ranks of a machine."""
 
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -10,10 +11,15 @@ from engine.distributed import TPGroup
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 _STATUS = Path("/proc/self/status")
-# Of a container: its limit, its use, and in its statistics the file cache that counts as used but gives way.
+# Of a container: its limit, its use, and in its statistics the file cache, which counts as used but gives way, the part
+# that was read more than once as well.
 _CGROUP_FILES = (
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),  # version 1
+    ("memory.max", "memory.current", ("inactive_file", "active_file")),
+    (  # version 1
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        ("total_inactive_file", "total_active_file"),
+    ),
 )
 
 
@@ -39,7 +45,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed. For one on a CPU PyTorch has no exception of its own."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and re.search("can('t|not) allocate memory", str(error), re.I) is not None
 
 
 def free_host_bytes(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int:
@@ -47,11 +53,12 @@ def free_host_bytes(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int:
     if not meminfo.exists():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     free = _fields(meminfo)["MemAvailable:"] * 1024
-    for limit_name, used_name, cache_name in _CGROUP_FILES:
+    for limit_name, used_name, cache_names in _CGROUP_FILES:
         limit = cgroup / limit_name
         if limit.exists() and limit.read_text().strip() != "max":
             used = int((cgroup / used_name).read_text())
-            reclaimable = _fields(limit.parent / "memory.stat")[cache_name]
+            statistics = _fields(limit.parent / "memory.stat")
+            reclaimable = sum(statistics[name] for name in cache_names)
             free = min(free, int(limit.read_text()) - used + reclaimable)
     return max(free, 0)
 
@@ -62,7 +69,7 @@ def mapped_bytes(status: Path = _STATUS) -> int:
     The system counts them as free, since it can drop them and read them again. Weights that are used where they lie in
     a file are among them, and every step would read them again.
     """
-    return _fields(status)["RssFile:"] * 1024 if status.exists() else 0
+    return _fields(status).get("RssFile:", 0) * 1024 if status.exists() else 0
 
 
 def _fields(path: Path) -> dict[str, int]:

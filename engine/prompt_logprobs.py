@@ -5,6 +5,7 @@ What sequences share is scored once: a node's tokens depend on those before them
 Shapes: B sequences, N nodes, T tokens of a run (a node or a suffix), C likeliest tokens.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -92,7 +93,7 @@ class PromptLogprobs:
         ids = [row for run in runs for row in run.top_ids[:, :count].tolist()]
         top = [row for run in runs for row in run.top[:, :count].tolist()]
         likeliest = [
-            dict(zip(row_ids, row, strict=True)) | {token: own}
+            {i: value for i, value in zip(row_ids, row, strict=True) if value > -math.inf} | {token: own}
             for row_ids, row, token, own in zip(ids, top, tokens[1:], chosen[1:], strict=True)
         ]
         return TokenLogprobs(chosen, [None, *likeliest])

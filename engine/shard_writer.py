@@ -29,7 +29,7 @@ from engine.checkpoint import (
 )
 from engine.config import ModelConfig
 from engine.errors import InputError
-from engine.files import partial_path, write_whole
+from engine.files import locked_directory, partial_path, write_whole
 from engine.finite_weights import check_finite
 from engine.messages import one_line
 from engine.safetensors_writer import SafetensorsWriter, num_bytes
@@ -73,8 +73,9 @@ def write_shards(
     """Cuts the checkpoint in ``folder`` for ``num_splits`` ranks, in ``dtype`` or the config's own.
 
     A run that fails removes what it wrote; after one that is killed nothing loads and the next run starts over. A
-    finished split of the same weights is left alone. Raises InputError before anything is written when the model
-    cannot be cut so, the checkpoint is incomplete, or ``outdir`` holds something else and not ``force``.
+    finished split of the same weights, by size and header of its files, is left alone. Raises InputError before
+    anything is written when the model cannot be cut so, the checkpoint is incomplete, another run writes to
+    ``outdir``, or it holds something else and not ``force``.
     """
     config = load_config(folder)
     config = config if dtype is None else replace(config, dtype=dtype)
@@ -93,17 +94,20 @@ def write_shards(
         if finished := _finished(outdir, plan, force):
             return Split(finished, written=False)
         outdir.mkdir(parents=True, exist_ok=True)
-        _clear(outdir)
-        try:
-            return Split(_write(checkpoint, outdir, plan, small_files, on_progress), written=True)
-        except BaseException as error:
+        with locked_directory(outdir):
+            if finished := _finished(outdir, plan, force):  # by another run meanwhile
+                return Split(finished, written=False)
             _clear(outdir)
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                size = f"{num_splits * _rank_bytes(plan) / 1e9:,.2f} GB"
-                raise InputError(
-                    f"{outdir}: {error.strerror}; the split takes {size}; make room for it, or choose another disk"
-                ) from error
-            raise
+            try:
+                return Split(_write(checkpoint, outdir, plan, small_files, on_progress), written=True)
+            except BaseException as error:
+                _clear(outdir)
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    size = f"{num_splits * _rank_bytes(plan) / 1e9:,.2f} GB"
+                    raise InputError(
+                        f"{outdir}: {error.strerror}; the split takes {size}; make room for it, or choose another disk"
+                    ) from error
+                raise
 
 
 class _HashingWriter(SafetensorsWriter):

@@ -1,5 +1,6 @@
 """Files of weights behind one interface: safetensors, and the pickled dicts that ``torch.save`` writes."""
 
+import errno
 import pickle
 import re
 import warnings
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.errors import InputError
+from engine.memory import is_out_of_memory
 from engine.messages import one_line
 from engine.safetensors_writer import SAFETENSORS_DTYPES
 
@@ -55,6 +57,13 @@ class SafetensorsFile:
         except SafetensorError as error:
             reason = one_line(str(error))
             raise InputError(f"{path} is truncated or not safetensors ({reason}); fetch it again") from error
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise InputError(
+                f"{path} has {path.stat().st_size / 1e9:,.1f} GB, more than this machine maps at once "
+                f"({one_line(str(error))}); accepted: files smaller than its memory; save the model in more of them"
+            ) from error
 
     def names(self) -> list[str]:
         return list(self._file.keys())
@@ -129,8 +138,10 @@ def _load(path: Path, can_map: bool) -> dict[str, Tensor]:
         with warnings.catch_warnings():  # PyTorch's, of old formats: the user can do nothing about them
             warnings.simplefilter("ignore")
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
-    except OSError:
-        raise
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # which PyTorch's reader gives for an archive that ends too soon
+            raise
+        raise _refused_file(path, error) from error
     except Exception as error:  # a damaged file can raise anything, and which depends on PyTorch's version
         raise _refused_file(path, error) from error
     if not isinstance(loaded, dict):

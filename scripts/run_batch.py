@@ -13,6 +13,7 @@ from engine.batch.request import Defaults
 from engine.batch.window import WindowSize
 from engine.cli import make_app, make_console, run
 from engine.distributed import init_group
+from engine.errors import InputError
 
 app = make_app()
 
@@ -89,6 +90,11 @@ def run_batch(
                 with batch_progress(job.tally, make_console(stderr=True, quiet=group.rank != 0)) as on_progress:
                     job.run(llm, model, on_progress)
         print_tally(job.tally, make_console(quiet=group.rank != 0))
+        if job.tally.num_unserved:
+            raise InputError(
+                f"{job.tally.num_unserved} requests could not be answered and have no result; the first, "
+                f"{job.tally.first_unserved}; the same command runs them again"
+            )
     finally:
         group.close()
 

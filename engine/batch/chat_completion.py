@@ -1,7 +1,7 @@
 """/v1/chat/completions: a conversation, laid out by the model's chat template."""
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -91,9 +91,21 @@ class ChatBody:
 
 def _messages(value: Any) -> list[dict[str, Any]]:
     try:
-        return plain_messages(value)
+        messages = plain_messages(value)
     except InputError as error:
         raise RefusedError(str(error), "messages") from None
+    for number, message in enumerate(value):
+        _check_names(message, ("role", "content"), f"messages[{number}]")
+        for part in message["content"] if isinstance(message["content"], list) else ():
+            _check_names(part, ("type", "text"), f"messages[{number}].content")
+    return messages
+
+
+def _check_names(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    """Others than ``known`` might mean something, which a template would drop without a word."""
+    for name, value in given.items():
+        if name not in known and value not in (None, [], ""):
+            raise refused(f"{where}.{name}", value, f"only {' and '.join(known)}; leave it out")
 
 
 def _either(fields: Fields, first: str, second: str) -> int | None:

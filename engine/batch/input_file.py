@@ -38,11 +38,12 @@ class InputFile:
             number = 0
             while data := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
-                if number == 1:
-                    data = data.removeprefix(_BYTE_ORDER_MARK)
                 if len(data) > MAX_LINE_BYTES and not data.endswith(b"\n"):
                     yield Line(number, _request_id(data, _rest(file)), None)
-                elif data := data.strip():
+                    continue
+                if number == 1:
+                    data = data.removeprefix(_BYTE_ORDER_MARK)
+                if data := data.strip():
                     yield Line(number, _request_id(data), data)
 
 

@@ -16,7 +16,8 @@ def batch_progress(tally: Tally, console: Console) -> Iterator[Callable[[Tally],
         task = progress.add_task("prefill", total=tally.num_requests, completed=tally.num_finished)
 
         def on_progress(tally: Tally) -> None:
-            failed = f", {tally.num_failed} failed" if tally.num_failed else ""
+            num_failed = tally.num_failed + tally.num_unserved
+            failed = f", {num_failed} failed" if num_failed else ""
             description = f"{tally.tokens_per_second:,.0f} tokens/s{failed}"
             progress.update(task, completed=tally.num_finished, description=description)
 
@@ -35,6 +36,7 @@ def print_tally(tally: Tally, console: Console) -> None:
         ("requests", f"{tally.num_requests:,}"),
         ("of these failed", f"{tally.num_failed:,}"),
         ("of these answered before", f"{tally.num_resumed:,}"),
+        ("without a result", f"{tally.num_requests - tally.num_finished:,}"),
         ("prompt tokens", f"{tally.prompt_tokens:,}"),
         ("new tokens", f"{tally.new_tokens:,}"),
         ("seconds", f"{tally.seconds:,.1f}"),

@@ -19,8 +19,9 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class ResultsFile:
     """``path``, made if it is not there, and locked against other processes until ``close``.
 
-    With ``overwrite`` what it holds is dropped. Read what it holds otherwise, ``recover``, before anything is added.
-    Raises InputError when the path cannot be used or another process writes the file.
+    Read what it holds, ``recover``, before anything is added. With ``overwrite`` that is nothing, and what there is
+    stays until the first result takes its place. Raises InputError when the path cannot be used or another process
+    writes the file.
     """
 
     def __init__(self, path: Path, overwrite: bool = False):
@@ -28,8 +29,7 @@ class ResultsFile:
         if not path.absolute().parent.is_dir() or (path.exists() and not path.is_file()):
             raise InputError(f"{path}: accepted: a file in a directory that exists; make it, or use another path")
         self._file, self._is_new = _open_locked(path)
-        if overwrite:
-            self._file.truncate(0)
+        self._overwrite = overwrite
         self._size = os.fstat(self._file.fileno()).st_size  # of its whole lines
         self._synced_at = time.monotonic()
 
@@ -38,6 +38,8 @@ class ResultsFile:
 
         Raises InputError for a file that holds anything else, and leaves it as it was.
         """
+        if self._overwrite:
+            return
         self._file.seek(0)
         whole, number = 0, 0
         while beginning := self._file.readline(len(BEGINNING)):
@@ -55,22 +57,25 @@ class ResultsFile:
         self._cut(whole)
 
     def append(self, lines: Sequence[bytes]) -> None:
-        """Adds all of the lines, or raises and adds none: InputError where there is no room for them.
+        """Adds the lines. Raises InputError where there is no room for all; then those are added that have it.
 
         They outlive the process at once, and the machine after a few seconds or ``sync``.
         """
-        data = memoryview(b"".join(lines))
+        if self._overwrite:
+            self._overwrite = False
+            self._cut(0)
         with self._errors_named():
             try:
-                left = data
-                while left:
-                    left = left[os.write(self._file.fileno(), left) :]
+                for line in lines:
+                    left = memoryview(line)
+                    while left:
+                        left = left[os.write(self._file.fileno(), left) :]
+                    self._size += len(line)
                 if time.monotonic() - self._synced_at > _SYNC_EVERY_S:
                     self.sync()
             except BaseException:
                 self._cut(self._size)
                 raise
-        self._size += len(data)
 
     def sync(self) -> None:
         """What was added outlives the machine."""
@@ -79,10 +84,19 @@ class ResultsFile:
         self._synced_at = time.monotonic()
 
     def close(self) -> None:
-        """Gives the file up. One that was made here and got nothing is removed."""
-        if self._is_new and self._size == 0:
-            self._path.unlink(missing_ok=True)
+        """Gives the file up. One that was made here and got nothing is removed.
+
+        Raises InputError when the path does not lead to it any more.
+        """
+        try:
+            is_there = os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path))
+        except FileNotFoundError:
+            is_there = False
+        if is_there and self._is_new and self._size == 0:
+            self._path.unlink()
         self._file.close()
+        if not is_there:
+            raise InputError(f"{self._path} was removed, or replaced, while its results were written; they are lost")
 
     def _cut(self, size: int) -> None:
         os.ftruncate(self._file.fileno(), size)

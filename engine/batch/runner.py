@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from engine.batch.endpoint import EncodedPrompt
-from engine.batch.refusal import RefusedError, error_body
+from engine.batch.refusal import error_body
 from engine.batch.request import BatchRequest, Origin
 from engine.batch.result import ANSWERED, REFUSED, result_line
 from engine.batch.results_file import ResultsFile
@@ -96,9 +96,13 @@ class Runner:
         self._ready.append((pending.request.origin, ANSWERED, answer))
 
     def _fail(self, pending: _Pending, message: str) -> None:
-        if not pending.failed:
-            pending.failed = True
-            self._refuse(pending.request.origin, RefusedError(message))
+        """No result: with more memory, or another dtype, the same request may be answered."""
+        if pending.failed:
+            return
+        pending.failed = True
+        self._tally.num_unserved += 1
+        if self._tally.num_unserved == 1:
+            self._tally.first_unserved = f"line {pending.request.origin.line}: {message}"
 
     def _refuse(self, origin: Origin, error: InputError) -> None:
         self._tally.num_failed += 1

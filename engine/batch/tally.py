@@ -11,6 +11,8 @@ class Tally:
     num_resumed: int = 0  # had a result before this run
     num_finished: int = 0  # have one now
     num_failed: int = 0  # of these
+    num_unserved: int = 0  # ran, but could not be answered: they have no result
+    first_unserved: str = ""  # which of them was the first, and why
     prompt_tokens: int = 0  # of requests that were answered
     new_tokens: int = 0  # those of requests under way included
     seconds: float = 0.0

@@ -42,3 +42,8 @@ def test_what_is_not_aligned_to_its_elements():
     unaligned = torch.frombuffer(bytearray(16), dtype=torch.float32, offset=1, count=2)
     assert unaligned.data_ptr() % 4
     assert as_one([unaligned]) is None
+
+
+def test_a_negative_view_is_not_what_lies_there():
+    tensor = torch.arange(4.0)
+    assert as_one([tensor]) is not None and as_one([torch._neg_view(tensor)]) is None

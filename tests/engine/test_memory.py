@@ -16,7 +16,7 @@ GIB = 2**30
 def machine(tmp_path):
     """Writes the files that Linux tells its memory in, and reads them."""
 
-    def free(version: int, limit: str, used: int, cache: int, host: int = 100 * GIB) -> int:
+    def free(version: int, limit: str, used: int, cache: int, host: int = 100 * GIB, active: int = 0) -> int:
         meminfo = tmp_path / "meminfo"
         meminfo.write_text(f"MemTotal:       99 kB\nHugePages_Total:     0\nMemAvailable:   {host // 1024} kB\n")
         cgroup = tmp_path / "cgroup"
@@ -25,11 +25,12 @@ def machine(tmp_path):
             (cgroup / "memory").mkdir()
             (cgroup / "memory" / "memory.limit_in_bytes").write_text(f"{limit}\n")
             (cgroup / "memory" / "memory.usage_in_bytes").write_text(f"{used}\n")
-            (cgroup / "memory" / "memory.stat").write_text(f"inactive_file 1\ntotal_inactive_file {cache}\n")
+            counted = f"total_inactive_file {cache}\ntotal_active_file {active}\n"
+            (cgroup / "memory" / "memory.stat").write_text(f"inactive_file 1\n{counted}")
         if version == 2:
             (cgroup / "memory.max").write_text(f"{limit}\n")
             (cgroup / "memory.current").write_text(f"{used}\n")
-            (cgroup / "memory.stat").write_text(f"anon 1\ninactive_file {cache}\n")
+            (cgroup / "memory.stat").write_text(f"anon 1\ninactive_file {cache}\nactive_file {active}\n")
         return free_host_bytes(meminfo, cgroup)
 
     return free
@@ -39,6 +40,9 @@ def machine(tmp_path):
 class TestContainer:
     def test_its_limit_counts_and_its_file_cache_gives_way(self, machine, version):
         assert machine(version, str(16 * GIB), used=10 * GIB, cache=7 * GIB) == 13 * GIB
+
+    def test_files_that_were_read_more_than_once_give_way_too(self, machine, version):
+        assert machine(version, str(16 * GIB), used=10 * GIB, cache=2 * GIB, active=5 * GIB) == 13 * GIB
 
     def test_the_host_may_have_less(self, machine, version):
         assert machine(version, str(16 * GIB), used=GIB, cache=0, host=3 * GIB) == 3 * GIB

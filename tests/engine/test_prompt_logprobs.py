@@ -10,6 +10,7 @@ from strategies import SETTINGS, prompt_sets
 
 import engine.prompt_logprobs
 from engine.errors import InputError
+from engine.prompt_logprobs import PromptLogprobs
 from engine.sampling import SamplingParams
 
 METHODS = ["hydragen", "hydragen_noshared"]
@@ -97,6 +98,26 @@ def test_what_is_shared_is_scored_once(hf):
         ours.generate([[*ROOT, i] for i in range(9)], SamplingParams(max_tokens=1, prompt_logprobs=0))
     assert [p.num_tokens for p in seen] == [20, 9]
     assert sum(rows) == 19 + 9 + 9  # the root but its first token, each prompt's last one, and the first new ones
+
+
+def test_what_nobody_is_going_to_ask_for_is_dropped(hf, monkeypatch):
+    made, original = [], PromptLogprobs.__init__
+
+    def noted(self, *args):
+        original(self, *args)
+        made.append(self)
+
+    monkeypatch.setattr(PromptLogprobs, "__init__", noted)
+    our_engine(hf, max_batch_size=2).generate(PROMPTS, params())
+    assert len(made) == 1 and made[0]._of_node == {} and made[0]._of_suffix == {}
+
+
+def test_ids_beyond_the_vocabulary_are_no_likely_tokens():
+    """Two ranks of a vocabulary of 5 hold three entries each, one of them padding."""
+    hf = hf_model(vocab_size=5)
+    prompts = [[1, 2, 3], [1, 2, 4, 0]]
+    for results in World(2).run(lambda group: our_engine(hf, group).generate(prompts, params([20, 20]))):
+        assert all(row is None or sorted(row) == list(range(5)) for (r,) in results for row in r.prompt_logprobs.top)
 
 
 def test_tokens_are_the_same_with_and_without(hf):

@@ -232,3 +232,23 @@ class TestWholeModel:
         first, second = (dict(load_model(folder, TPGroup(rank, 4)).model.state_dict()) for folder in folders)
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("length", [1, 300, 5000, 30_000, 60_000, 90_000])
+def test_an_archive_that_ends_too_soon_is_named(tmp_path, length):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.randn(30_000)}, path)
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(InputError, match=r"pytorch_model.bin is truncated or not a PyTorch file of tensors"):
+        open_weights(path)
+
+
+def test_a_file_that_is_too_large_to_be_mapped(tmp_path, monkeypatch):
+    def no_memory(*_, **__):
+        raise RuntimeError("unable to mmap 98315847104 bytes from file <x>: Cannot allocate memory (12)")
+
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(10))
+    monkeypatch.setattr("engine.weight_files.safe_open", no_memory)
+    with pytest.raises(InputError, match=r"has 0.0 GB, more than this machine maps .*Cannot allocate memory"):
+        open_weights(path)

@@ -82,6 +82,23 @@ def test_begins_anew(answer, paths):
     assert sorted(paths[1].read_bytes().splitlines()) != sorted(first.splitlines())
 
 
+def test_results_stay_until_others_take_their_place(answer, paths):
+    """A run that finds out that it cannot begin has lost nothing."""
+    answer()
+    before = paths[1].read_bytes()
+    assert_mistake(answer("--overwrite", "--attention", "nothing"), "attention method 'nothing' is not known")
+    assert paths[1].read_bytes() == before
+
+
+def test_requests_without_room_have_no_result(answer, paths):
+    """They might have one with more memory, so they are no refusals, and the command has failed."""
+    done = answer("--cache-tokens", 12)
+    assert done.status == 2 and "requests could not be answered and have no result; the first, line" in done.stderr
+    assert "the same command runs them again" in done.stderr and int(table(done.stdout)["without a result"]) > 0
+    assert answer().status == 0
+    assert len(paths[1].read_bytes().splitlines()) == 8
+
+
 def test_every_option_arrives(answer, model, paths, monkeypatch):
     seen = {}
 

@@ -16,8 +16,10 @@ from engine.checkpoint import weight_shapes, write_checkpoint
 from engine.config import ModelConfig
 from engine.dummy import dummy_tensor
 from engine.errors import InputError
+from engine.files import locked_directory
 from engine.presets import find_preset
 from engine.safetensors_writer import num_bytes
+from engine.shard_writer import write_shards
 from engine.shards import MANIFEST_FILE, open_shards, rank_file, verify
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_tp_files.py"
@@ -179,3 +181,10 @@ class TestMemory:
         limit = 2 * largest + 200 * MIB
         assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) > 1.5 * limit
         assert growth(folder, hf_folder, tmp_path, "--num-splits", num_splits, "--dtype", dtype) < limit
+
+
+def test_one_run_at_a_time_writes_a_directory(hf_folder, tmp_path):
+    with locked_directory(tmp_path), pytest.raises(InputError, match="is being written by another run; wait for its"):
+        write_shards(hf_folder, tmp_path, 2, model_name="x")
+    assert list(tmp_path.iterdir()) == []
+    assert write_shards(hf_folder, tmp_path, 2, model_name="x").written

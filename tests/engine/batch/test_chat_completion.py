@@ -60,6 +60,13 @@ def test_options_that_ask_for_nothing():
     [
         ({"messages": None}, "messages", "messages are a NoneType; accepted: a list of"),
         ({"messages": []}, "messages", "messages are empty"),
+        ({"messages": [{"role": "user", "content": "a", "name": "bob"}]}, "messages[0].name", "only role and content"),
+        ({"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]}, "messages[0].tool_calls", "leave it out"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "cache_control": {"a": 1}}]}]},
+            "messages[0].content.cache_control",
+            "only type and text",
+        ),
         ({"messages": [{"role": "user"}]}, "messages", "message 0 has no content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "accepted: {"),
         ({"max_tokens": 0}, "max_tokens", "0; accepted: an integer of 1 or more"),

@@ -36,6 +36,14 @@ def test_a_line_that_is_too_long_is_passed_over(read, monkeypatch):
     ]  # fmt: skip
 
 
+def test_a_first_line_with_a_mark_that_is_too_long_is_one_line(read, monkeypatch):
+    monkeypatch.setattr(input_file, "MAX_LINE_BYTES", 5)
+    mark = b"\xef\xbb\xbf"
+    assert read(mark + b"1\nab") == [(1, b"1"), (2, b"ab")]
+    for first in (b"1234", b"123456", b"123456789012"):
+        assert read(mark + first + b"\nab") == [(1, None), (2, b"ab")]
+
+
 def test_ids_stand_for_what_a_line_holds(tmp_path, monkeypatch):
     monkeypatch.setattr(input_file, "MAX_LINE_BYTES", 5)
     path = tmp_path / "x"

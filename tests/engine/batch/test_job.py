@@ -210,9 +210,11 @@ class TestRefusals:
         small = LLM(model, device="cpu", cache_tokens=64)
         tally = answer(completion("a", "one"), completion("b", ["x" * 100, "y" * 100]), chat("c", "one"), llm=small)
         found = bodies(paths[1])
-        assert "room" in found["b"]["error"]["message"]
-        assert texts(found["a"]) and texts(found["c"])
-        assert tally.num_failed == 1
+        assert texts(found["a"]) and texts(found["c"]) and "b" not in found
+        assert (tally.num_finished, tally.num_failed, tally.num_unserved) == (2, 0, 1)
+        assert tally.first_unserved.startswith("line 2: the prompt needs room for ")
+        tally = answer(completion("a", "one"), completion("b", ["x" * 100, "y" * 100]), chat("c", "one"))
+        assert len(texts(bodies(paths[1])["b"])) == 2 and (tally.num_resumed, tally.num_unserved) == (2, 0)
 
 
 class TestIndependence:

@@ -108,9 +108,22 @@ class TestRecovering:
     def test_or_is_dropped_when_told_so(self, opened, path):
         path.write_bytes(b"notes")
         file = opened(overwrite=True)
-        assert list(file.recover()) == []
+        assert list(file.recover()) == [] and path.read_bytes() == b"notes", "the run may still fail"
         file.append([LINES[0]])
         assert path.read_bytes() == LINES[0]
+
+
+class TestRemoved:
+    def test_is_told_at_the_end(self, opened, path):
+        for replace in (False, True):
+            file = opened()
+            file.append([LINES[0]])
+            path.unlink()
+            if replace:
+                path.write_bytes(b"another")
+            with pytest.raises(InputError, match="out.jsonl was removed, or replaced, while its results were written"):
+                file.close()
+        assert path.read_bytes() == b"another"
 
 
 class TestLock:
@@ -149,15 +162,18 @@ class TestNoRoom:
         file.append([LINES[0]])
         write = os.write
 
-        def half(fd: int, data: bytes) -> int:
-            if len(data) < 20:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return write(fd, bytes(data[: len(data) // 2]))
+        room = len(LINES[0]) + len(LINES[1]) + 20
 
-        monkeypatch.setattr(module.os, "write", half)
+        def write_what_fits(fd: int, data: bytes) -> int:
+            left = room - os.fstat(fd).st_size
+            if not left:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(fd, bytes(data[: min(left, 7)]))
+
+        monkeypatch.setattr(module.os, "write", write_what_fits)
         with pytest.raises(InputError, match="out.jsonl: No space left on device; the results in it are whole: make r"):
             file.append(LINES[1:])
-        assert path.read_bytes() == LINES[0]
+        assert path.read_bytes() == LINES[0] + LINES[1], "what fits is kept"
 
     def test_signals_too(self, opened, path, monkeypatch):
         file = opened()
@@ -185,7 +201,7 @@ class TestNoRoom:
         monkeypatch.setattr(module, "_SYNC_EVERY_S", -1)
         with pytest.raises(OSError, match="Input/output error"):
             file.append([LINES[1]])
-        assert path.read_bytes() == LINES[0]
+        assert path.read_bytes() == LINES[0] + LINES[1], "they are whole"
 
 
 def test_paths_that_cannot_be_used(tmp_path):

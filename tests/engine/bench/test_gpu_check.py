@@ -9,7 +9,15 @@ from rich.console import Console
 
 import engine.bench.gpu_check
 from engine.bench.gpu_check import (
-    REPORT, GpuTests, Machine, Ranks, Section, Throughput, make_sections, print_outcomes, run_sections,
+    REPORT,
+    GpuTests,
+    Machine,
+    Ranks,
+    Section,
+    Throughput,
+    make_sections,
+    print_outcomes,
+    run_sections,
 )  # fmt: skip
 from engine.bench.gpu_work import SIZES, Grid
 
