@@ -20,18 +20,17 @@ from random import Random
 
 import torch
 import torch.distributed as dist
-import yaml
 from rich.console import Console
 
 from engine.bench.breakdown import Series
 from engine.bench.environment import describe_environment
+from engine.bench.measurement_file import check_new, round_all, round_off, write_measurement
 from engine.bench.timing import Timer
 from engine.checkpoint import Checkpoint, load_config, resolve_model, weight_shapes, write_checkpoint
 from engine.config import ModelConfig
 from engine.distributed import TPGroup
 from engine.dummy import dummy_tensor
 from engine.errors import InputError
-from engine.files import check_outdir, write_whole
 from engine.loader import load_model
 from engine.memory import free_host_bytes
 from engine.presets import find_preset
@@ -104,9 +103,7 @@ def measure_load_speed(outdir: Path, plan: Plan, console: Console) -> LoadSpeed:
     to, for a model that cannot be had or cut, and for lack of room on the disk or in memory.
     """
     path = outdir / FILE_NAME
-    if path.exists():
-        raise InputError(f"{path} exists; accepted: an OUTDIR without one, for it is not overwritten; use another")
-    check_outdir(outdir)
+    check_new(path)
     config = plan.preset() or load_config(resolve_model(plan.model_name))
     check_world_size(config.num_heads, config.num_kv_heads, config.intermediate_size, plan.num_ranks)
     num_bytes = config.num_parameters * config.dtype.itemsize
@@ -122,7 +119,7 @@ def measure_load_speed(outdir: Path, plan: Plan, console: Console) -> LoadSpeed:
                 progress.update(task, description=f"round {round_ + 1}, {name}")
                 getattr(runner, name)()
                 progress.advance(task)
-    write_whole(path, _to_yaml(measured).encode())
+    write_measurement(path, _described(measured))
     return measured
 
 
@@ -260,9 +257,9 @@ def _load_ms(folder: Path, tp_dir: Path | None, rank: int, num_ranks: int, store
     return timer.ms
 
 
-def _to_yaml(measured: LoadSpeed) -> str:
+def _described(measured: LoadSpeed) -> dict[str, object]:
     plan = measured.plan
-    described = {
+    return {
         "schema_version": SCHEMA_VERSION,
         "model_name": plan.model_name,
         "num_bytes": measured.num_bytes,
@@ -270,26 +267,22 @@ def _to_yaml(measured: LoadSpeed) -> str:
         "environment": measured.environment,
         "work": {name: _describe(measured, name) for name in WORK},
     }
-    return yaml.safe_dump(described, sort_keys=False, allow_unicode=True, default_flow_style=None, width=116)
 
 
 def _describe(measured: LoadSpeed, name: str) -> dict[str, object]:
     """What is timed as YAML data: rates in 10^9 bytes/s, speeds as parts of those of the yardsticks."""
     rate = measured.gbs(name)
     described: dict[str, object] = {
-        "ms": [_round(ms) for ms in measured.times_ms[name]],
-        "gbs": {"median": _round(rate.median), "best": _round(max(rate.values))} | _spread(rate),
+        "ms": round_all(measured.times_ms[name]),
+        "gbs": {"median": round_off(rate.median), "best": round_off(max(rate.values))} | _spread(rate),
     }
     for yardstick in WORK[name]:
         share = measured.share(name, yardstick)
-        best = _round(measured.best_share(name, yardstick))
-        described[f"of_{yardstick}"] = {"median": _round(share.median), "best_times": best} | _spread(share)
+        best = round_off(measured.best_share(name, yardstick))
+        described[f"of_{yardstick}"] = {"median": round_off(share.median), "best_times": best} | _spread(share)
     return described
 
 
 def _spread(series: Series) -> dict[str, float]:
-    return {} if series.spread is None else {"spread": _round(series.spread)}
+    return {} if series.spread is None else {"spread": round_off(series.spread)}
 
-
-def _round(value: float) -> float:
-    return float(f"{value:.6g}")
