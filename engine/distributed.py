@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from engine.errors import InputError
 from engine.host_exchange import HostExchange
-from engine.peers import Peers, RankLostError
+from engine.peers import Peers, RankLostError, end_with_launcher
 
 T = TypeVar("T")
 
@@ -153,8 +153,8 @@ def init_group(device: str | None = None, timeout_s: float = 600.0) -> TPGroup:
     NCCL connects CUDA devices; gloo connects CPUs, and ranks that have to share a GPU; on one host tensors of CPUs go
     through memory that they share. A collective, or a rank that is
     yet to join, is waited for ``timeout_s`` seconds at most; then RankLostError is raised, or NCCL ends the process.
-    From here on SIGTERM, with which the launcher ends the ranks, raises: RankLostError when another rank has been
-    killed, and SystemExit.
+    From here on SIGTERM, with which the launcher ends the ranks, and the system when ``torchrun`` is killed, raises:
+    RankLostError when another rank has been killed, and SystemExit.
     """
     rank, size = launched_rank(), launched_size()
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -163,6 +163,8 @@ def init_group(device: str | None = None, timeout_s: float = 600.0) -> TPGroup:
         torch.cuda.set_device(chosen)
     if size == 1:
         return TPGroup(rank, size, chosen)
+    if dist.is_torchelastic_launched():  # by torchrun; another parent may be a thread that comes and goes
+        end_with_launcher()
     one_gpu_each = chosen.type == "cuda" and torch.cuda.device_count() >= local_size
     timeout = timedelta(seconds=timeout_s)
     try:

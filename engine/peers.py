@@ -1,7 +1,9 @@
 """What has become of the other ranks when one of them does not answer."""
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -12,6 +14,7 @@ import torch.distributed as dist
 
 # Seconds in which a process whose connections have just broken is seen to have ended.
 _ENDING_S = 1.0
+_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
 class RankLostError(RuntimeError):
@@ -23,6 +26,13 @@ class RankLostError(RuntimeError):
     def __init__(self, message: str, told_elsewhere: bool = False):
         super().__init__(message)
         self.told_elsewhere = told_elsewhere
+
+
+def end_with_launcher() -> None:
+    """From now on the system sends SIGTERM to this process when the one that started it has ended. A launcher that is
+    killed would otherwise leave its ranks running. Linux only; elsewhere nothing is done."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,19 @@ class TestKilled:
         ends_with(running, "error: ", killed(running, 2))
 
 
+class TestLauncher:
+    @pytest.mark.slow
+    def test_ranks_end_with_it(self, sweeping):
+        running = sweeping()  # without a terminal, whose end would end them as well
+        ranks = [running.rank(rank) for rank in range(RANKS)]
+        (launcher,) = {int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in ranks}
+        os.kill(launcher, signal.SIGKILL)
+        deadline = time.monotonic() + LIMIT_S
+        while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
 class TestStopped:
     TIMEOUT_S = 10
 
