@@ -404,7 +404,8 @@ class TestOptions:
         hf = hf_model()
         hf.get_parameter("model.embed_tokens.weight").data.fill_(6e4)
         hf.save_pretrained(tmp_path)
-        load_model(tmp_path, TPGroup(), dtype="float16")
+        model = load_model(tmp_path, TPGroup(), dtype="float16").model
+        assert torch.equal(model.embedding.weight, torch.full_like(model.embedding.weight, 6e4))
 
     def test_weights_that_the_host_has_no_room_for(self, monkeypatch):
         """Nothing is read: a host that lends out more memory than it has would end the process."""
