@@ -146,7 +146,7 @@ def _shard_source(tp_dir: Path, name: str, revision: str | None, group: TPGroup,
     if group.rank == 0:
         _compare(shards, name, revision)
     file = stack.enter_context(shards.open_rank(group.rank))
-    return _Source(shards.manifest.config, tp_dir, lambda shard: [file.get_tensor(shard.name)], is_mapped=True)
+    return _Source(shards.manifest.config, tp_dir, lambda shard: [file.read(shard.name)], is_mapped=True)
 
 
 def _checkpoint_source(name: str, revision: str | None, group: TPGroup, stack: ExitStack) -> _Source:

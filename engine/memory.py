@@ -1,5 +1,6 @@
 """How much memory there is for a rank to take, agreed on by the ranks of a machine."""
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -45,6 +46,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed. For one on a CPU PyTorch has no exception of its own."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and re.search("can('t|not) allocate memory", str(error), re.I) is not None
 
 

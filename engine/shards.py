@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from engine.checkpoint import CONFIG_FILE, GENERATION_CONFIG_FILE, load_config
 from engine.config import ModelConfig
 from engine.distributed import TPGroup
 from engine.errors import InputError
 from engine.json_fields import load_json
+from engine.mapped_safetensors import MappedSafetensors
 from engine.messages import one_line, shown
 from engine.model import Transformer
 from engine.safetensors_writer import SAFETENSORS_DTYPES
@@ -126,7 +127,7 @@ class ShardDir:
     folder: Path
     manifest: Manifest
 
-    def open_rank(self, rank: int) -> safe_open:
+    def open_rank(self, rank: int) -> MappedSafetensors:
         """A rank's mapped file, a context manager. No other rank's file is touched.
 
         Raises InputError unless its size is the recorded one and its header that of this rank's model.
@@ -135,14 +136,14 @@ class ShardDir:
         problem = self._size_problem(name)
         if problem is None:
             try:
-                file = safe_open(self.folder / name, framework="pt", device="cpu")
+                file = MappedSafetensors(self.folder / name)
             except SafetensorError as error:
                 problem = f"{name} is not safetensors ({one_line(str(error))})"
             else:
                 problem = self._header_problem(file, rank)
                 if problem is None:
                     return file
-                file.__exit__(None, None, None)
+                file.close()
         raise InputError(f"{self.folder}: {problem}; copy the file again, or cut the model again with --force")
 
     def problem_of(self, name: str, on_bytes: Callable[[int], None] | None = None) -> str | None:
@@ -159,7 +160,7 @@ class ShardDir:
         if name not in ranks:
             return None
         try:
-            with safe_open(self.folder / name, framework="pt", device="cpu") as file:
+            with MappedSafetensors(self.folder / name) as file:
                 return self._header_problem(file, ranks[name])
         except SafetensorError as error:
             return f"{name} is not safetensors ({one_line(str(error))})"
@@ -171,13 +172,10 @@ class ShardDir:
         size = path.stat().st_size
         return None if size == expected else f"{name} has {size} bytes, not {expected}"
 
-    def _header_problem(self, file: safe_open, rank: int) -> str | None:
+    def _header_problem(self, file: MappedSafetensors, rank: int) -> str | None:
         config, num_splits = self.manifest.config, self.manifest.num_splits
         expected = {shard.name: (config.dtype, shard.shape) for shard in rank_shards(config, rank, num_splits)}
-        found = {}
-        for name in file.keys():  # noqa: SIM118  (no mapping: it cannot be iterated over)
-            stored = file.get_slice(name)
-            found[name] = (SAFETENSORS_DTYPES.get(stored.get_dtype()), tuple(stored.get_shape()))
+        found = {name: (SAFETENSORS_DTYPES.get(file.dtype(name)), file.shape(name)) for name in file.names()}
         wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         if not wrong:
             return None

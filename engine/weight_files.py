@@ -5,17 +5,21 @@ import pickle
 import re
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from engine.errors import InputError
+from engine.mapped_safetensors import MappedSafetensors
 from engine.memory import is_out_of_memory
 from engine.messages import one_line
 from engine.safetensors_writer import SAFETENSORS_DTYPES
+
+T = TypeVar("T")
 
 
 class WeightFile(Protocol):
@@ -53,42 +57,34 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = safe_open(path, framework="pt", device="cpu")
+            self._file = MappedSafetensors(path)
         except SafetensorError as error:
             reason = one_line(str(error))
             raise InputError(f"{path} is truncated or not safetensors ({reason}); fetch it again") from error
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise InputError(
-                f"{path} has {path.stat().st_size / 1e9:,.1f} GB, more than this machine maps at once "
-                f"({one_line(str(error))}); accepted: files smaller than its memory; save the model in more of them"
-            ) from error
 
     def names(self) -> list[str]:
-        return list(self._file.keys())
+        return self._file.names()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        return self._asked(self._file.shape, name)
 
     def dtype(self, name: str) -> torch.dtype:
-        stored = self._slice(name).get_dtype()
+        stored = self._asked(self._file.dtype, name)
         if stored not in SAFETENSORS_DTYPES:
             raise _refused_dtype(self.path, name, stored, list(SAFETENSORS_DTYPES))
         return SAFETENSORS_DTYPES[stored]
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
         self.dtype(name)
-        if dim is None:
-            return self._file.get_tensor(name)
-        return self._slice(name)[(slice(None),) * dim + (slice(start, stop),)]
+        tensor = self._file.read(name)
+        return tensor if dim is None else tensor[(slice(None),) * dim + (slice(start, stop),)]
 
     def close(self) -> None:
-        self._file.__exit__(None, None, None)
+        self._file.close()
 
-    def _slice(self, name: str) -> Any:
+    def _asked(self, question: Callable[[str], T], name: str) -> T:
         try:
-            return self._file.get_slice(name)
+            return question(name)
         except SafetensorError as error:
             what = f"{one_line(name)} ({one_line(str(error))})"
             raise InputError(f"{self.path}: cannot read {what}; fetch the file again") from error
@@ -143,6 +139,11 @@ def _load(path: Path, can_map: bool) -> dict[str, Tensor]:
             raise
         raise _refused_file(path, error) from error
     except Exception as error:  # a damaged file can raise anything, and which depends on PyTorch's version
+        if is_out_of_memory(error):
+            raise InputError(
+                f"{path} has {path.stat().st_size / 1e9:,.1f} GB, more than PyTorch maps on this machine "
+                f"({one_line(str(error))}); accepted: files smaller than its memory; save the model as safetensors"
+            ) from error
         raise _refused_file(path, error) from error
     if not isinstance(loaded, dict):
         raise InputError(f"{path} holds {type(loaded).__name__}; accepted: a dict of names and tensors; use another")

@@ -243,12 +243,11 @@ def test_an_archive_that_ends_too_soon_is_named(tmp_path, length):
         open_weights(path)
 
 
-def test_a_file_that_is_too_large_to_be_mapped(tmp_path, monkeypatch):
+def test_a_pytorch_file_that_is_too_large_to_be_mapped(tmp_path, monkeypatch):
     def no_memory(*_, **__):
         raise RuntimeError("unable to mmap 98315847104 bytes from file <x>: Cannot allocate memory (12)")
 
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(bytes(10))
-    monkeypatch.setattr("engine.weight_files.safe_open", no_memory)
-    with pytest.raises(InputError, match=r"has 0.0 GB, more than this machine maps .*Cannot allocate memory"):
+    path = save_bin(tmp_path / "pytorch_model.bin", {"a": GRID})
+    monkeypatch.setattr("torch.load", no_memory)
+    with pytest.raises(InputError, match=r"has 0.0 GB, more than PyTorch maps .*Cannot allocate memory"):
         open_weights(path)

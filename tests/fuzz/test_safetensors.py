@@ -147,8 +147,8 @@ def test_ranks(num_cases, model, tmp_path):
         assert problem is None or (problem.isprintable() and len(problem) < 800)
         with of_size.open_rank(1) as file:
             assert problem is None
-            for tensor in file.keys():  # noqa: SIM118
-                file.get_tensor(tensor).sum()
+            for tensor in file.names():
+                file.read(tensor).sum()
 
     outcomes = fuzz(num_cases, _files(*_parts(path)), read)
     assert outcomes.accepted_share > 0.05
