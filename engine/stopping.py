@@ -46,6 +46,8 @@ class TextStream:
         new = text[self._num_told : certain]
         self._num_told = max(self._num_told, certain)
         if certain == len(text):
+            # Bytes that counted one by one, behind one that was no UTF-8, are characters now that the window was cut.
+            self._num_told = certain
             self._whole_before, self._whole = self._whole, len(self._window)
             if len(self._window) > _WINDOW:
                 self._cut(self._whole_before)

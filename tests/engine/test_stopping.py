@@ -195,6 +195,18 @@ class TestStopChecker:
             assert found_end(tokenizer, token_ids, stop) == end, (token_ids, stop)
         assert num_found > 50
 
+    def test_behind_broken_bytes_that_are_characters_without_the_first_of_them(self, tokenizer):
+        """A tokenizer with byte fallback takes each byte of such a run for one character: more of them than what a
+        window's start within the run leaves."""
+        rng = random.Random(5)
+        for _ in range(200):
+            start = [rng.randrange(128, 256) for _ in range(rng.randrange(1, 5))]
+            text = "".join(rng.choices("🙂日éD", k=rng.randrange(1, 9)))
+            token_ids = [one_byte(tokenizer, byte) for byte in (*start, *text.encode())]
+            token_ids += tokenizer.encode(" END and", add_special_tokens=False)
+            end = first_end(tokenizer, token_ids, ("END",))
+            assert end is not None and found_end(tokenizer, token_ids, ("END",)) == end, (start, text)
+
     def test_a_stop_string_inside_a_token(self, bytewise):
         assert found_end(bytewise, bytewise.encode("hello there"), ("ll",)) is not None
 
