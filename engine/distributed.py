@@ -14,9 +14,10 @@ import torch.distributed as dist
 
 from engine.errors import InputError
 from engine.host_exchange import HostExchange
-from engine.peers import Peers, RankLostError, end_with_launcher
+from engine.peers import Peers, RankLostError, awaken_siblings, end_with_launcher
 
 T = TypeVar("T")
+
 
 class TPGroup:
     """Collectives over the ranks. With one rank each is the identity and nothing is initialised.
@@ -151,9 +152,8 @@ def init_group(device: str | None = None, timeout_s: float = 600.0) -> TPGroup:
     """Joins the group that ``torchrun`` describes, or makes a group of one.
 
     NCCL connects CUDA devices; gloo connects CPUs, and ranks that have to share a GPU; on one host tensors of CPUs go
-    through memory that they share. A collective, or a rank that is
-    yet to join, is waited for ``timeout_s`` seconds at most; then RankLostError is raised, or NCCL ends the process.
-    From here on SIGTERM, with which the launcher ends the ranks, and the system when ``torchrun`` is killed, raises:
+    through memory that they share. A collective, or a rank that is yet to join, is waited for ``timeout_s`` seconds at
+    most; then RankLostError is raised, or NCCL ends the process. From here on SIGTERM, with which the launcher ends the ranks, and the system when ``torchrun`` is killed, raises:
     RankLostError when another rank has been killed, and SystemExit.
     """
     rank, size = launched_rank(), launched_size()
@@ -177,6 +177,7 @@ def init_group(device: str | None = None, timeout_s: float = 600.0) -> TPGroup:
         on_one_host = chosen.type == "cpu" and peers.are_all_here
         host = HostExchange.join(store, rank, size, peers.check) if on_one_host else None
     except dist.DistError as error:
-        said = str(error).partition("\n")[0]
-        raise RankLostError(f"the {size} ranks did not come together within {timeout_s:g} s: {said}") from error
+        stopped = awaken_siblings()
+        cause = f"{', '.join(stopped)} stopped; run it again" if stopped else str(error).partition("\n")[0]
+        raise RankLostError(f"the {size} ranks did not come together within {timeout_s:g} s: {cause}") from error
     return TPGroup(rank, size, chosen, peers, host)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 # Seconds in which a process whose connections have just broken is seen to have ended.
 _ENDING_S = 1.0
+_STOPPED = ("T", "t")  # by a signal, by a debugger
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
@@ -35,6 +36,23 @@ def end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def awaken_siblings() -> list[str]:
+    """The processes of this one's launcher that are stopped, each in words. They go on, so that they can be ended.
+
+    For a rank that waits for others of which nothing is known yet. Linux only; elsewhere none is found.
+    """
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        state, parent, _ = _status(int(folder.name))
+        if state in _STOPPED and parent == str(os.getppid()):
+            with suppress(OSError):  # it has ended, or belongs to another user
+                variables = (folder / "environ").read_bytes().split(b"\0")
+                rank = next((v.decode().lower().replace("=", " ") for v in variables if v.startswith(b"RANK=")), "one")
+                os.kill(int(folder.name), signal.SIGCONT)
+                found.append(f"{rank} (process {folder.name})")
+    return sorted(found)
+
+
 @dataclass(frozen=True)
 class _Process:
     """Where a rank runs. ``started`` tells it from a later process with its number."""
@@ -50,24 +68,25 @@ class _Process:
             namespace = os.stat("/proc/self/ns/pid").st_ino
         except OSError:  # no Linux: nothing can be looked at
             return cls(f"{os.uname().nodename} {pid}", pid, "")
-        _, started = _state_and_start(pid)
+        _, _, started = _status(pid)
         return cls(f"{os.uname().nodename} {namespace}", pid, started)
 
     def has_ended(self) -> bool:
-        state, started = _state_and_start(self.pid)
+        state, _, started = _status(self.pid)
         return started != self.started or state in ("Z", "X")
 
     def is_stopped(self) -> bool:
-        return _state_and_start(self.pid) in (("T", self.started), ("t", self.started))
+        state, _, started = _status(self.pid)
+        return state in _STOPPED and started == self.started
 
 
-def _state_and_start(pid: int) -> tuple[str, str]:
-    """Of a process, as ``man 5 proc`` has them in ``stat``; empty when there is none."""
+def _status(pid: int) -> tuple[str, str, str]:
+    """A process's state, parent and start, as ``man 5 proc`` has them in ``stat``; empty when there is none."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return "", ""
-    return fields[0], fields[19]
+        return "", "", ""
+    return fields[0], fields[1], fields[19]
 
 
 class Peers:

@@ -128,6 +128,19 @@ class TestStopped:
         assert_whole(tmp_path / "out")
 
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_before_they_have_come_together(self, start, tmp_path, rank):
+        """The launcher would wait 30 s for its end."""
+        timeout_s = 5  # less than imports may take, which a rank does before it waits
+        running = start("scripts/synth.py", tmp_path / "out", *SWEEP, "--timeout", timeout_s, num_ranks=RANKS)
+        running.wait_until(lambda: rank in running.pids().values())
+        pid = running.rank(rank)
+        os.kill(pid, signal.SIGSTOP)
+        what = f"did not come together within {timeout_s} s: rank {rank} (process {pid}) stopped; run it again"
+        ends_with(running, what, within_s=timeout_s + LIMIT_S)
+
+
 class TestRaises:
     @pytest.mark.slow
     def test_in_generation(self, start):
