@@ -85,10 +85,11 @@ class Generation:
         self._requests = [requests[i] for i in order]
         max_tokens = np.array([request.params.max_tokens for request in self._requests], dtype=np.int64)
         rooms = tree.table.suffix_length + max_tokens - 1  # the last token is never read
-        self._room = TreeRoom(arena, model, tree, options.method, rooms, kept)
-        self._executor = Executor(model, options.method, tree, self._room.placement, self._room.node_hidden, None)
         asked = any(request.params.prompt_logprobs is not None for request in requests)
         self._prompt_logprobs = PromptLogprobs(model, tree, self._requests) if asked else None
+        scoring_bytes = self._prompt_logprobs.activation_bytes if self._prompt_logprobs else 0
+        self._room = TreeRoom(arena, model, tree, options.method, rooms, kept, scoring_bytes)
+        self._executor = Executor(model, options.method, tree, self._room.placement, self._room.node_hidden, None)
         self._decoder = Decoder(
             self._executor,
             self._requests,

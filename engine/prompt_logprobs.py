@@ -17,8 +17,10 @@ from engine.prefix_tree import PrefixTree
 from engine.requests import Request
 from engine.sampling import logprobs
 
-# Entries of logits that are made at a time.
+# Entries of logits that are made at a time, unless a row has more.
 _CHUNK = 2**23
+_FLOAT32 = 4
+_FLOAT32_COPIES = 3  # of the logits, while they are scored
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,14 @@ class PromptLogprobs:
         )
         self._of_node: dict[int, _Scores] = {}
         self._of_suffix: dict[int, _Scores] = {}
+
+    @property
+    def activation_bytes(self) -> int:
+        """What scoring takes beside the prefill that it follows, whose hidden states it copies."""
+        weight, table = self._model.head.weight, self._tree.table
+        longest = int(max(table.node_length.max(initial=0), table.suffix_length.max()))
+        entries = min(longest, _rows_at_a_time(weight)) * weight.shape[0]
+        return entries * (weight.dtype.itemsize + _FLOAT32_COPIES * _FLOAT32)
 
     def nodes_asked(self, nodes: np.ndarray) -> np.ndarray:
         """Which of ``nodes`` are to be scored: a mask."""
@@ -105,7 +115,7 @@ class PromptLogprobs:
         else:
             states = torch.cat([before[None], hidden[:-1]])
         wanted = torch.from_numpy(np.array(tokens)).to(states.device)
-        rows = max(1, _CHUNK // model.head.weight.shape[0])
+        rows = _rows_at_a_time(model.head.weight)
         parts = []
         for first in range(0, len(tokens), rows):
             logits, ids = model.logits(states[first : first + rows]), wanted[first : first + rows]
@@ -114,3 +124,7 @@ class PromptLogprobs:
         if not parts:
             return _Scores(np.empty(0), np.empty((0, count), dtype=np.int64), np.empty((0, count)))
         return _Scores(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+
+
+def _rows_at_a_time(head: torch.Tensor) -> int:
+    return max(1, _CHUNK // head.shape[0])

@@ -49,6 +49,7 @@ class TreeRoom:
     Args:
         rooms: (B,) slots that each sequence needs for its suffix and new tokens.
         kept: nodes, by index, that are in the arena already and stay there.
+        extra_bytes: what a prefill takes beside what it is known to.
     """
 
     def __init__(
@@ -59,7 +60,9 @@ class TreeRoom:
         method: AttentionMethod,
         rooms: np.ndarray,
         kept: Mapping[int, ResidentNode],
+        extra_bytes: int = 0,
     ):
+        self._extra_bytes = extra_bytes
         self._arena, self._model, self._tree = arena, model, tree
         self.placement = Placement(tree, method.keeps)
         # Of each node that is there. An Executor's prefill fills in those of nodes that were let in.
@@ -156,7 +159,8 @@ class TreeRoom:
         new_nodes = np.flatnonzero(on_path & ~self._is_there)
         num_sequences = len(self.running) + last - self.num_admitted
         needed = tree_activation_bytes(self._model, tree, new_nodes, new, num_sequences)
-        return _Need(new_nodes, [self._node_slots(i) for i in new_nodes.tolist()], slots[new], needed)
+        node_slots = [self._node_slots(i) for i in new_nodes.tolist()]
+        return _Need(new_nodes, node_slots, slots[new], needed + self._extra_bytes)
 
     def _let_in(self, last: int, what: str) -> np.ndarray:
         need = self._fitting(last) or self._need(last, self._layouts[-1])

@@ -8,6 +8,7 @@ from models import hf_model, our_engine, passes, reference
 from ranks import World
 from strategies import SETTINGS, prompt_sets
 
+import engine.generation
 import engine.prompt_logprobs
 from engine.errors import InputError
 from engine.prompt_logprobs import PromptLogprobs
@@ -135,3 +136,30 @@ def test_mistakes(hf):
     for count in (-1, 21, 1.5, True):
         with pytest.raises(InputError, match="prompt_logprobs: got .* accepted: None, or an integer from 0 .* to 20"):
             SamplingParams(prompt_logprobs=count)
+
+
+def test_memory_is_counted_where_they_are_asked_for(hf, monkeypatch):
+    def generate(count):
+        our_engine(hf).generate([ROOT], [SamplingParams(max_tokens=1, prompt_logprobs=count)])
+
+    monkeypatch.setattr(PromptLogprobs, "activation_bytes", 2**50)
+    generate(None)
+    with pytest.raises(InputError, match="GiB for activations"):
+        generate(0)
+
+
+@pytest.mark.parametrize(("chunk", "rows"), [(VOCAB_SIZE * 4 + 1, 4), (1, 1), (2**23, len(ROOT))])
+def test_the_bytes_are_those_of_the_logits_that_are_made_at_once(hf, monkeypatch, chunk, rows):
+    counted, made, score = [], [], engine.prompt_logprobs.logprobs
+
+    class Noted(PromptLogprobs):
+        def take(self, sequences):
+            counted.append(self.activation_bytes)
+            return super().take(sequences)
+
+    monkeypatch.setattr(engine.prompt_logprobs, "_CHUNK", chunk)
+    monkeypatch.setattr(engine.prompt_logprobs, "logprobs", lambda logits, *a: made.append(logits) or score(logits, *a))
+    monkeypatch.setattr(engine.generation, "PromptLogprobs", Noted)
+    our_engine(hf).generate([ROOT], [SamplingParams(max_tokens=1, prompt_logprobs=0)])
+    assert max(len(logits) for logits in made) == min(rows, len(ROOT) - 1)
+    assert counted == [rows * VOCAB_SIZE * 4 * 4]  # float32, and three copies

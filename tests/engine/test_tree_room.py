@@ -183,3 +183,10 @@ def test_an_arena_that_grows_below_running_sequences_grows_by_more_than_is_missi
         capacities.append(arena.capacity)
     assert capacities == [200, 225, 225, 253]
     room.close()
+
+
+def test_what_a_prefill_takes_besides_is_counted():
+    tree = build_from_prompts([[i, i] for i in range(3)])
+    rooms = tree.table.suffix_length + 8
+    with pytest.raises(NoRoomError, match=r"it needs .* and 1048576\.\d\d GiB for activations"):
+        TreeRoom(Arena(MODEL), MODEL, tree, get_method("hydragen"), rooms, {}, extra_bytes=2**50).admit(3, "it")
