@@ -251,6 +251,7 @@ def _environment() -> Any:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = tojson
+    del environment.globals["lipsum"]  # as much text as is asked for, which no conversation needs
     environment.globals |= {"raise_exception": raise_exception, "namespace": PlainNamespace}
     return environment
 

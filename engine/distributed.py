@@ -153,8 +153,9 @@ def init_group(device: str | None = None, timeout_s: float = 600.0) -> TPGroup:
 
     NCCL connects CUDA devices; gloo connects CPUs, and ranks that have to share a GPU; on one host tensors of CPUs go
     through memory that they share. A collective, or a rank that is yet to join, is waited for ``timeout_s`` seconds at
-    most; then RankLostError is raised, or NCCL ends the process. From here on SIGTERM, with which the launcher ends the ranks, and the system when ``torchrun`` is killed, raises:
-    RankLostError when another rank has been killed, and SystemExit.
+    most; then RankLostError is raised, or NCCL ends the process. From here on SIGTERM, with which the launcher ends the
+    ranks, and the system when ``torchrun`` is killed, raises: RankLostError when another rank has been killed, and
+    SystemExit.
     """
     rank, size = launched_rank(), launched_size()
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))

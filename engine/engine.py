@@ -168,9 +168,9 @@ class Engine:
                 each prompt's with its ``max_tokens``. A sequence is rotated by it from its first token to its last.
             on_tokens: called after every step with (new tokens, sequences that ended).
             on_ended: called for every sequence as soon as it ends with (its request, what it generated).
-            on_failed: called with (a prompt's number, what is wrong) when one of its samples alone has no room, or its
-                logits are not finite; None takes the sample's place in what is returned, and the others go on. Without
-                it the first one raises. What is wrong with a prompt before anything runs, ``check_prompt`` tells.
+            on_failed: called once for a prompt with (its number, what is wrong) when a sample of it alone has no room,
+                or its logits are not finite; None takes the sample's place in what is returned, and the others go on.
+                Without it the first one raises. ``check_prompt`` tells what is wrong with a prompt beforehand.
             repeats_differ: a prompt that is given again draws other numbers, as a further sample does. Without it
                 equal prompts with equal parameters generate the same.
 

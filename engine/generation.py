@@ -83,6 +83,7 @@ class Generation:
         self._model, self._arena, self._tree, self._options = model, arena, tree, options
         order = np.array(tree.order)
         self._requests = [requests[i] for i in order]
+        self._failed_prompts: set[int] = set()
         max_tokens = np.array([request.params.max_tokens for request in self._requests], dtype=np.int64)
         rooms = tree.table.suffix_length + max_tokens - 1  # the last token is never read
         asked = any(request.params.prompt_logprobs is not None for request in requests)
@@ -148,15 +149,19 @@ class Generation:
                 return self._decoder.choose()
             except DecodingError as error:
                 self._room.expect_nan()
-                self._fail(self._requests[error.sequence], self._not_finite(error))
+                self._fail(self._requests[error.sequence], error)
                 self._decoder.drop(error.sequence)
                 self._room.release(np.array([error.sequence]))
         return np.empty(0, dtype=np.int64)
 
-    def _fail(self, request: Request, error: InputError) -> None:
-        if self._options.on_failed is None:
-            raise error
-        self._options.on_failed(request.prompt, str(error))
+    def _fail(self, request: Request, error: NoRoomError | DecodingError) -> None:
+        """Of several samples of a prompt the first that fails is explained, which may take a prefill."""
+        if self._options.on_failed is None or request.prompt not in self._failed_prompts:
+            explained = self._not_finite(error) if isinstance(error, DecodingError) else error
+            if self._options.on_failed is None:
+                raise explained
+            self._failed_prompts.add(request.prompt)
+            self._options.on_failed(request.prompt, str(explained))
         if self._options.on_tokens is not None:
             self._options.on_tokens(0, 1)
 

@@ -196,7 +196,7 @@ class LLM:
             planned_length=planned_length,
             on_tokens=on_tokens,
             on_ended=outputs.add,
-            on_failed=None if on_failed is None else _Once(on_failed),
+            on_failed=on_failed,
             repeats_differ=repeats_differ,
         )
         return outputs.in_order()
@@ -285,18 +285,6 @@ class LLM:
         except UnicodeEncodeError as error:  # lone surrogates: what Python makes of bytes that are not UTF-8
             raise InputError(f"a prompt is not Unicode text ({error.reason}); accepted: UTF-8; convert it") from None
         return self.tokenizer.encode(text, add_special_tokens=special)
-
-
-class _Once:
-    """Tells once of a prompt that it failed, though each of its samples may."""
-
-    def __init__(self, on_failed: OnFailed):
-        self._on_failed, self._numbers = on_failed, set()
-
-    def __call__(self, number: int, message: str) -> None:
-        if number not in self._numbers:
-            self._numbers.add(number)
-            self._on_failed(number, message)
 
 
 class _Outputs:

@@ -174,7 +174,7 @@ def test_one_whose_logits_are_not_finite_is_told_and_the_others_go_on(engine, me
         on_tokens=lambda *step: steps.append(step),
     )
     assert outcomes(results) == [[None, None] if 60 in prompt else e for prompt, e in zip(prompts, expected)]
-    assert sorted(number for number, _ in told) == [1, 1, 2, 2]
+    assert sorted(number for number, _ in told) == [1, 2]
     assert all("after 0 new tokens: no token can" in why and "the embedding is" in why for _, why in told)
     assert sum(ended for _, ended in steps) == 10 and engine.arena.num_used == 0
     for keys, values in (engine.arena.cache.layer(i) for i in range(2)):
@@ -203,7 +203,7 @@ def test_a_call_of_which_nothing_can_be_served(engine):
     told = []
     params = SamplingParams(n=2)
     assert engine.generate([[4] * 50], params, on_failed=lambda *failure: told.append(failure)) == [[None, None]]
-    assert [number for number, _ in told] == [0, 0]
+    assert [number for number, _ in told] == [0]
 
 
 # --- repeats ---
