@@ -4,8 +4,9 @@ Beside each time stands the least that the machine's ceilings allow for the step
 before it, for a machine's speed drifts. What grows by more than that, something else makes grow.
 """
 
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -26,11 +27,12 @@ from engine.prefix_tree import build_from_levels
 from engine.progress import progress_bar
 from engine.sampling import SamplingParams
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FILE_NAME = "growth.yaml"
 
 _CEILING_SECONDS = 0.6
 _SUFFIX = 8  # tokens of each sequence of the last table
+_FEW = 8  # its groups that are compared with each other
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Plan:
     num_finished: int  # sequences that finish in the last table
     attention: str
     model: ModelOptions
-    num_iters: int
+    num_iters: int  # times that each is timed
 
     def axes(self) -> dict[str, list[Work]]:
         sizes = {"batch": self.batches, "prefix": self.prefixes, "depth": self.depths}
@@ -96,13 +98,32 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Groups of sequences that ran one after another in one call, when so many had finished before."""
+class Groups:
+    """Groups of sequences that ran one after another in one call; times in ms, one for each group."""
 
-    first_finished: int
-    last_finished: int
-    first_token_ms: list[float]  # from the end of the group before to the first tokens of each: a prefill and a choice
-    step_ms: list[float]  # the median step of each group
+    first_token_ms: list[float]  # from the end of the group before to the first tokens: a prefill and a choice
+    step_ms: list[float]  # the median step
+
+    def __len__(self) -> int:
+        return len(self.step_ms)
+
+    def __getitem__(self, part: slice) -> "Groups":
+        return Groups(self.first_token_ms[part], self.step_ms[part])
+
+
+@dataclass(frozen=True)
+class Round:
+    """A call in which many sequences finish, and one of few groups right after it, on a machine that is as fast then as
+    it was in the other's last groups."""
+
+    many: Groups
+    few: Groups
+
+    def growth(self, times: Callable[[Groups], list[float]]) -> float:
+        """How many times as long the last groups of the long call take as as many of the short one. The first group of
+        a call is left out, which has its start in it."""
+        few = times(self.few[1:])
+        return statistics.median(times(self.many)[-len(few) :]) / statistics.median(few)
 
 
 @dataclass(frozen=True)
@@ -110,7 +131,13 @@ class Growth:
     plan: Plan
     environment: dict[str, object]  # as from describe_environment
     points: dict[str, list[Point]]  # by axis
-    stretches: list[Stretch]
+    rounds: list[Round]
+
+    def growth_of_first_tokens(self) -> Series:
+        return Series([each.growth(lambda groups: groups.first_token_ms) for each in self.rounds])
+
+    def growth_of_steps(self) -> Series:
+        return Series([each.growth(lambda groups: groups.step_ms) for each in self.rounds])
 
 
 def run_growth(outdir: Path, plan: Plan, group: TPGroup, console: Console) -> Growth:
@@ -124,7 +151,7 @@ def run_growth(outdir: Path, plan: Plan, group: TPGroup, console: Console) -> Gr
     runner = _Runner(plan, group)
     axes = plan.axes()
     with progress_bar(console) as progress:
-        task = progress.add_task("", total=sum(map(len, axes.values())) + 1)
+        task = progress.add_task("", total=sum(map(len, axes.values())) + plan.num_iters)
 
         def measured(axis: str, work: Work) -> Point:
             progress.update(task, description=f"batch {work.batch}, prefix {work.prefix}, depth {work.depth}")
@@ -134,9 +161,8 @@ def run_growth(outdir: Path, plan: Plan, group: TPGroup, console: Console) -> Gr
 
         points = {axis: [measured(axis, work) for work in works] for axis, works in axes.items()}
         progress.update(task, description=f"{plan.num_finished} sequences that finish")
-        stretches = runner.measure_finished()
-        progress.advance(task)
-    growth = Growth(plan, runner.environment, points, stretches)
+        rounds = [each for each in runner.measure_finished() if progress.advance(task) is None]
+    growth = Growth(plan, runner.environment, points, rounds)
     write_measurement(outdir / FILE_NAME, _described(growth))
     return growth
 
@@ -190,24 +216,19 @@ class _Runner:
             engine.release_caches()
         return replace(point, predicted_ms=predict_ms(cost, ceilings))
 
-    def measure_finished(self) -> list[Stretch]:
-        """One call of many sequences of equal length, so that they run in groups, after one that warms up."""
+    def measure_finished(self) -> Iterator[Round]:
+        """Calls of sequences of equal length, so that they run in groups, after one that warms up."""
         plan, engine, batch = self._plan, self._engine, self._plan.base.batch
         engine.max_batch_size = batch
         engine.release_caches()
         engine.append_shared([self._tokens(plan.base.prefix)], attention=plan.attention)
         self._groups(1)
-        num_groups = max(plan.num_finished // batch, 1) + 1
-        first_ms, step_ms = self._groups(num_groups)
+        for _ in range(plan.num_iters):
+            yield Round(self._groups(max(plan.num_finished // batch, _FEW) + 1), self._groups(_FEW + 1))
         engine.release_caches()
-        borders = sorted({0, *(num_groups // part for part in (8, 4, 2, 1))})
-        return [
-            Stretch(first * batch, (last - 1) * batch, first_ms[first:last], step_ms[first:last])
-            for first, last in pairwise(borders)
-        ]
 
-    def _groups(self, count: int) -> tuple[list[float], list[float]]:
-        """The time to the first tokens and of the median step of each of ``count`` groups, in ms."""
+    def _groups(self, count: int) -> Groups:
+        """One call of ``count`` groups."""
         plan, batch = self._plan, self._plan.base.batch
         times = [time.perf_counter()]
         self._engine.generate(
@@ -218,7 +239,7 @@ class _Runner:
             on_tokens=lambda *_: times.append(time.perf_counter()),
         )
         steps = np.diff(times).reshape(count, plan.num_unique) * 1e3
-        return steps[:, 0].tolist(), np.median(steps[:, 1:], axis=1).tolist()
+        return Groups(steps[:, 0].tolist(), np.median(steps[:, 1:], axis=1).tolist())
 
     def _generate(self, work: Work, num_tokens: int) -> float:
         """Generates for each sequence, and returns the time in ms."""
@@ -266,15 +287,15 @@ def _described(growth: Growth) -> dict[str, object]:
         "num_unique": plan.num_unique,
         "environment": growth.environment,
         "points": {axis: [_describe(p, plan.num_unique) for p in points] for axis, points in growth.points.items()},
-        "finished": [
-            {
-                "finished": [stretch.first_finished, stretch.last_finished],
-                "first_token_ms": round_all(stretch.first_token_ms),
-                "step_ms": round_all(stretch.step_ms),
-            }
-            for stretch in growth.stretches
+        "rounds": [
+            {name: _describe_groups(groups) for name, groups in (("many", each.many), ("few", each.few))}
+            for each in growth.rounds
         ],
     }
+
+
+def _describe_groups(groups: Groups) -> dict[str, list[float]]:
+    return {"first_token_ms": round_all(groups.first_token_ms), "step_ms": round_all(groups.step_ms)}
 
 
 def _describe(point: Point, num_unique: int) -> dict[str, object]:

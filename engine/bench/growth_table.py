@@ -1,13 +1,15 @@
 """The tables of a growth measurement: each step beside what is predicted for it."""
 
-import statistics
+from collections.abc import Sequence
+from itertools import pairwise
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from engine.bench.growth import Growth, growth_factors
-from engine.bench.timing import HIGH_SPREAD, summarize
+from engine.bench.breakdown import Series
+from engine.bench.growth import Groups, Growth, growth_factors
+from engine.bench.timing import HIGH_SPREAD
 
 
 def print_growth(growth: Growth, console: Console) -> None:
@@ -17,7 +19,8 @@ def print_growth(growth: Growth, console: Console) -> None:
     console.print(_finished_table(growth))
     console.print(
         "predicted: the least time of the step's bytes and operations by ceilings measured just before it; growth: to "
-        f"the row above; ! spread above {HIGH_SPREAD:.0%}: differences of that size may be noise",
+        "the row above; last over new: the last groups of a long call over those of a short one right after it; "
+        f"! spread above {HIGH_SPREAD:.0%}: differences of that size may be noise",
         soft_wrap=True,
     )
 
@@ -46,24 +49,26 @@ def _axis_table(growth: Growth, axis: str) -> Table:
 
 
 def _finished_table(growth: Growth) -> Table:
-    base = growth.plan.base
+    """The long calls in stretches, each twice as long as the one before, and the short ones."""
+    base, rounds = growth.plan.base, growth.rounds
     table = _table(f"Groups of {base.batch} sequences of one call, below a prefix of {base.prefix}")
     for heading in ("finished before", "groups", "first tokens, ms", "spread", "step, ms", "spread"):
         table.add_column(heading, justify="right")
-    for stretch in growth.stretches:
-        table.add_row(
-            f"{stretch.first_finished} to {stretch.last_finished}",
-            str(len(stretch.step_ms)),
-            *(
-                text
-                for times in (stretch.first_token_ms, stretch.step_ms)
-                for text in (
-                    f"{statistics.median(times):.1f}",
-                    _spread(summarize(times).relative if len(times) > 1 else None),
-                )
-            ),
-        )
+    num_groups = len(rounds[0].many)
+    for first, last in pairwise(sorted({1, *(num_groups // part for part in (8, 4, 2)), num_groups})):
+        finished = f"{first * base.batch} to {(last - 1) * base.batch}"
+        table.add_row(finished, *_cells([r.many[first:last] for r in rounds]))
+    table.add_row("a new call", *_cells([r.few[1:] for r in rounds]))
+    factors = (growth.growth_of_first_tokens(), growth.growth_of_steps())
+    table.add_row("last over new", "", *(text for f in factors for text in (f"{f.median:.3f}", _spread(f.spread))))
     return table
+
+
+def _cells(parts: Sequence[Groups]) -> list[str]:
+    first_token_ms = Series([ms for part in parts for ms in part.first_token_ms])
+    step_ms = Series([ms for part in parts for ms in part.step_ms])
+    times = (text for series in (first_token_ms, step_ms) for text in (f"{series.median:.1f}", _spread(series.spread)))
+    return [str(len(step_ms.values)), *times]
 
 
 def _table(title: str) -> Table:

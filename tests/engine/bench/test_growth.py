@@ -10,7 +10,7 @@ from models import passes
 from rich.console import Console
 
 from engine.bench import growth
-from engine.bench.growth import Growth, Plan, Point, Stretch, Work, growth_factors, run_growth
+from engine.bench.growth import Groups, Growth, Plan, Point, Round, Work, growth_factors, run_growth
 from engine.bench.growth_table import print_growth
 from engine.bench.modes import ModelOptions
 from engine.bench.roofline import Ceilings
@@ -24,7 +24,7 @@ PLAN = Plan(
     prefixes=(8, 16),
     depths=(1, 2, 3),
     num_unique=3,
-    num_finished=16,
+    num_finished=50,
     attention="hydragen",
     model=ModelOptions("tiny", load_format="dummy"),
     num_iters=2,
@@ -60,11 +60,11 @@ def test_what_it_writes(tmp_path, attention):
             assert point["predicted_ms"] > 0 and point["bytes"] > 0 and point["flops"] > 0
     grows = [p["bytes"] for p in written["points"]["prefix"]]
     assert (grows[0] < grows[1]) == (attention != "noattention")
-    assert [s["finished"] for s in written["finished"]] == [[0, 0], [4, 4], [8, 16]]
-    assert [len(s["step_ms"]) for s in written["finished"]] == [1, 1, 3]
+    assert [(len(r["many"]["step_ms"]), len(r["few"]["first_token_ms"])) for r in written["rounds"]] == [(13, 9)] * 2
     printed = io.StringIO()
     print_growth(found, Console(file=printed, width=140))
-    for line in ("Step time by batch (prefix 24, depth 1)", "Step time by depth (batch 4, prefix 24)", "8 to 16"):
+    titles = ("Step time by batch (prefix 24, depth 1)", "Step time by depth (batch 4, prefix 24)")
+    for line in (*titles, "24 to 48", "a new call", "last over new"):
         assert line in printed.getvalue()
     with pytest.raises(InputError, match=r"growth.yaml exists; accepted: an OUTDIR without one"):
         run_growth(tmp_path / "new", plan, TPGroup(), QUIET)
@@ -90,9 +90,16 @@ def test_what_has_no_room_is_recorded(tmp_path, monkeypatch):
     point = growth._Runner(PLAN, TPGroup()).measure(Work(4, 24))
     assert (point.message, point.step(3), point.decode_ms) == ("the shared level needs room", None, [])
     printed = io.StringIO()
-    stretches = [Stretch(0, 0, [1.0], [2.0])]
-    print_growth(Growth(PLAN, {}, {"batch": [point]}, stretches), Console(file=printed, width=140))
+    groups = Groups([1.0] * 9, [2.0] * 9)
+    print_growth(Growth(PLAN, {}, {"batch": [point]}, [Round(groups, groups)]), Console(file=printed, width=140))
     assert "the shared level needs room" in printed.getvalue()
+
+
+def test_finished_sequences_are_held_against_a_new_call():
+    many = Groups([*range(20)], [1.0] * 12 + [3.0] * 8)
+    few = Groups([100.0] + [5.0] * 8, [100.0] + [2.0] * 8)
+    found = Growth(PLAN, {}, {}, [Round(many, few)] * 3)
+    assert (found.growth_of_first_tokens().median, found.growth_of_steps().median) == (15.5 / 5, 1.5)
 
 
 def test_growth_is_to_the_point_before():
