@@ -35,7 +35,7 @@ def growth(
     base_prefix: Annotated[int, typer.Option(min=1, help="Likewise the prefix.")] = 4096,
     unique: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 16,
     finished: Annotated[int, typer.Option(min=1, help="Sequences that finish in a call of the last table.")] = 4096,
-    num_iters: Annotated[int, typer.Option(min=1, help="Times each step, and each call of the last table, is timed.")] = 5,
+    num_iters: Annotated[int, typer.Option(min=1, help="Times each step, and each call of many, is timed.")] = 5,
     seed: Annotated[int, typer.Option(min=0, help="Of the tokens, and of dummy weights.")] = 0,
 ) -> None:
     """Time a decode step as batch, shared prefix and depth of the prefix tree grow, one at a time, and as sequences of

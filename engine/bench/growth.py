@@ -132,6 +132,7 @@ class Growth:
     environment: dict[str, object]  # as from describe_environment
     points: dict[str, list[Point]]  # by axis
     rounds: list[Round]
+    message: str | None = None  # why there are no more rounds
 
     def growth_of_first_tokens(self) -> Series:
         return Series([each.growth(lambda groups: groups.first_token_ms) for each in self.rounds])
@@ -161,8 +162,14 @@ def run_growth(outdir: Path, plan: Plan, group: TPGroup, console: Console) -> Gr
 
         points = {axis: [measured(axis, work) for work in works] for axis, works in axes.items()}
         progress.update(task, description=f"{plan.num_finished} sequences that finish")
-        rounds = [each for each in runner.measure_finished() if progress.advance(task) is None]
-    growth = Growth(plan, runner.environment, points, rounds)
+        rounds, message = [], None
+        try:
+            for each in runner.measure_finished():
+                rounds.append(each)
+                progress.advance(task)
+        except InputError as error:
+            message = str(error)
+    growth = Growth(plan, runner.environment, points, rounds, message)
     write_measurement(outdir / FILE_NAME, _described(growth))
     return growth
 
@@ -230,14 +237,20 @@ class _Runner:
     def _groups(self, count: int) -> Groups:
         """One call of ``count`` groups."""
         plan, batch = self._plan, self._plan.base.batch
-        times = [time.perf_counter()]
+        times, sizes = [time.perf_counter()], []
+
+        def on_tokens(num_new: int, _ended: int) -> None:
+            times.append(time.perf_counter())
+            sizes.append(num_new)
+
         self._engine.generate(
             [self._tokens(_SUFFIX) for _ in range(count * batch)],
             SamplingParams(temperature=0, max_tokens=plan.num_unique, ignore_eos=True),
             attention=plan.attention,
             shared_cache_op="preserve",
-            on_tokens=lambda *_: times.append(time.perf_counter()),
+            on_tokens=on_tokens,
         )
+        self._check_size(sizes, batch)
         steps = np.diff(times).reshape(count, plan.num_unique) * 1e3
         return Groups(steps[:, 0].tolist(), np.median(steps[:, 1:], axis=1).tolist())
 
@@ -253,9 +266,13 @@ class _Runner:
                 shared_cache_op="preserve",
                 on_tokens=lambda num_new, _: sizes.append(num_new),
             )
-        if sizes[0] != work.batch:
-            raise InputError(f"memory has room for {sizes[0]} of {work.batch} sequences at once; use a smaller batch")
+        self._check_size(sizes, work.batch)
         return timer.ms
+
+    def _check_size(self, sizes: Sequence[int], batch: int) -> None:
+        """``sizes`` are those of the steps that were timed."""
+        if sizes[0] != batch:
+            raise InputError(f"memory has room for {sizes[0]} of {batch} sequences at once; use a smaller batch")
 
     def _tokens(self, count: int) -> list[int]:
         return self._random.integers(0, self._config.vocab_size, count).tolist()
@@ -291,7 +308,7 @@ def _described(growth: Growth) -> dict[str, object]:
             {name: _describe_groups(groups) for name, groups in (("many", each.many), ("few", each.few))}
             for each in growth.rounds
         ],
-    }
+    } | ({} if growth.message is None else {"message": growth.message})
 
 
 def _describe_groups(groups: Groups) -> dict[str, list[float]]:

@@ -16,7 +16,10 @@ def print_growth(growth: Growth, console: Console) -> None:
     """Prints a table for each axis and one for finished sequences; a high spread is marked ``!``."""
     for axis in growth.points:
         console.print(_axis_table(growth, axis))
-    console.print(_finished_table(growth))
+    if growth.rounds:
+        console.print(_finished_table(growth))
+    if growth.message is not None:
+        console.print(f"sequences that finish: {growth.message}", soft_wrap=True)
     console.print(
         "predicted: the least time of the step's bytes and operations by ceilings measured just before it; growth: to "
         "the row above; last over new: the last groups of a long call over those of a short one right after it; "

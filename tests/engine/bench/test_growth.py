@@ -117,6 +117,24 @@ def test_more_sequences_than_there_is_room_for_at_once_are_not_timed(monkeypatch
     assert runner.measure(Work(4, 24)).message.startswith("memory has room for 3 of 4 sequences at once")
 
 
+def test_what_was_timed_is_kept_when_the_last_table_has_no_room(tmp_path, monkeypatch):
+    plan = dataclasses.replace(PLAN, batches=(1, 3), depths=(1,), base=Work(3, 24))
+    measure_finished = growth._Runner.measure_finished
+
+    def with_little_room(self):
+        monkeypatch.setattr(Engine, "max_batch_size", property(lambda self: 2, lambda self, value: None), raising=False)
+        return measure_finished(self)
+
+    monkeypatch.setattr(growth._Runner, "measure_finished", with_little_room)
+    found = run_growth(tmp_path / "new", plan, TPGroup(), QUIET)
+    written = yaml.safe_load((tmp_path / "new" / "growth.yaml").read_text())
+    assert written["points"]["batch"][1]["step_ms"] and written["rounds"] == []
+    assert written["message"] == "memory has room for 2 of 3 sequences at once; use a smaller batch"
+    printed = io.StringIO()
+    print_growth(found, Console(file=printed, width=140))
+    assert written["message"] in printed.getvalue()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
