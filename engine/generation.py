@@ -63,6 +63,14 @@ class Gathering:
         self._num_rows, self._num_idle_steps = num_running, 0
 
 
+class _ScoringError(RuntimeError):
+    """The logits from which a token of a sequence's prompt follows are not finite."""
+
+    def __init__(self, sequence: int, token: int):
+        super().__init__(f"the log-probability of token {token} of sequence {sequence} is not defined")
+        self.sequence, self.token = sequence, token
+
+
 class Generation:
     """One tree, whose sequences RoPE rotates alike. ``run`` it once. Every rank makes the same calls.
 
@@ -139,8 +147,14 @@ class Generation:
         if len(sequences):
             self._decoder.add(sequences, self._executor.prefill(sequences, self._prompt_logprobs))
             if self._prompt_logprobs is not None:
-                for i, found in self._prompt_logprobs.take(sequences).items():
-                    self._decoder.results[i].prompt_logprobs = found
+                self._take_prompt_logprobs(sequences)
+
+    def _take_prompt_logprobs(self, sequences: np.ndarray) -> None:
+        for i, found in self._prompt_logprobs.take(sequences).items():
+            if (token := found.first_undefined()) is None:
+                self._decoder.results[i].prompt_logprobs = found
+            else:
+                self._drop(i, _ScoringError(i, token))
 
     def _choose(self) -> np.ndarray:
         """The sequences that ended."""
@@ -148,16 +162,20 @@ class Generation:
             try:
                 return self._decoder.choose()
             except DecodingError as error:
-                self._room.expect_nan()
-                self._fail(self._requests[error.sequence], error)
-                self._decoder.drop(error.sequence)
-                self._room.release(np.array([error.sequence]))
+                self._drop(error.sequence, error)
         return np.empty(0, dtype=np.int64)
 
-    def _fail(self, request: Request, error: NoRoomError | DecodingError) -> None:
+    def _drop(self, sequence: int, error: DecodingError | _ScoringError) -> None:
+        """A sequence that runs, and whose numbers are not finite, does not go on."""
+        self._room.expect_nan()
+        self._fail(self._requests[sequence], error)
+        self._decoder.drop(sequence)
+        self._room.release(np.array([sequence]))
+
+    def _fail(self, request: Request, error: NoRoomError | DecodingError | _ScoringError) -> None:
         """Of several samples of a prompt the first that fails is explained, which may take a prefill."""
         if self._options.on_failed is None or request.prompt not in self._failed_prompts:
-            explained = self._not_finite(error) if isinstance(error, DecodingError) else error
+            explained = error if isinstance(error, NoRoomError) else self._not_finite(error)
             if self._options.on_failed is None:
                 raise explained
             self._failed_prompts.add(request.prompt)
@@ -168,13 +186,18 @@ class Generation:
     def _name(self, request: Request) -> str:
         return f"prompt {request.prompt}" if self._options.on_failed is None else "the prompt"
 
-    def _not_finite(self, error: DecodingError) -> InputError:
+    def _not_finite(self, error: DecodingError | _ScoringError) -> InputError:
         """What to raise when a sequence's logits are not finite."""
         name, tokens = self._name(self._requests[error.sequence]), self._tree.sequence_tokens(error.sequence).tolist()
-        part = first_not_finite(self._model, self._options.method, [*tokens, *error.token_ids])
+        if isinstance(error, _ScoringError):
+            tokens = tokens[: error.token]
+            what = f"{name}, after {error.token} of its tokens: the next one's log-probability is not defined"
+        else:
+            tokens += error.token_ids
+            what = f"{name}, after {len(error.token_ids)} new tokens: no token can be chosen from its logits"
+        part = first_not_finite(self._model, self._options.method, tokens)
         dtype = str(self._model.embedding.weight.dtype).removeprefix("torch.")
         where = f"{part} is the first to give NaN or infinity" if part else "run alone it has neither NaN nor infinity"
         return InputError(
-            f"{name}, after {len(error.token_ids)} new tokens: no token can be chosen from its logits; {where} in "
-            f"{dtype}; use a --dtype of wider range (bfloat16 or float32), or other weights"
+            f"{what}; {where} in {dtype}; use a --dtype of wider range (bfloat16 or float32), or other weights"
         )

@@ -30,6 +30,10 @@ class TokenLogprobs:
     chosen: list[float | None]  # natural log
     top: list[dict[int, float] | None] | None  # those of the likeliest ones by id, best first, and its own
 
+    def first_undefined(self) -> int | None:
+        """The first token that has none, as the logits before it are not finite."""
+        return next((i for i, value in enumerate(self.chosen) if value is not None and math.isnan(value)), None)
+
 
 @dataclass(frozen=True)
 class _Scores:

@@ -255,7 +255,8 @@ class Logprobs:
 def logprobs(logits: Tensor, tokens: Tensor, count: int, vocab_start: int, group: Ranks) -> Logprobs:
     """The log-softmax of each row's chosen token and ``count`` likeliest ones: ``(B, V)`` logits, ``(B,)`` ids.
 
-    One collective of 8 bytes a row; one more of 8 bytes a row and likely token where ``count`` is not 0.
+    NaN in a row whose logits hold NaN or no finite maximum. One collective of 8 bytes a row; one more of 8 bytes a row
+    and likely token where ``count`` is not 0.
     """
     values = logits.float()
     here = tokens - vocab_start
@@ -263,6 +264,7 @@ def logprobs(logits: Tensor, tokens: Tensor, count: int, vocab_start: int, group
     chosen = values.gather(1, here.clamp(0, values.shape[1] - 1)[:, None])[:, 0].masked_fill(~held, -math.inf)
     parts = group.all_gather(torch.stack([chosen, values.logsumexp(-1)]))  # (W, 2, B)
     chosen, total = parts[:, 0].amax(0), parts[:, 1].logsumexp(0)
+    total = total.masked_fill(~total.isfinite(), math.nan)
     if count > 0:
         top, top_ids, _ = _candidates(_Shard.of(logits, vocab_start, group), count)
     else:

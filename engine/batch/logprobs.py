@@ -63,4 +63,4 @@ def chat_logprobs(output: CompletionOutput, count: int, texts: TokenTexts) -> di
 
 def _number(logprob: float) -> float:
     """With the digits that a float32 has, rather than twice as many."""
-    return float(f"{logprob:.7g}") if logprob > -math.inf else _LEAST
+    return _LEAST if logprob == -math.inf else float(f"{logprob:.7g}")

@@ -11,6 +11,7 @@ from strategies import SETTINGS, prompt_sets
 import engine.generation
 import engine.prompt_logprobs
 from engine.errors import InputError
+from engine.model import Transformer
 from engine.prompt_logprobs import PromptLogprobs
 from engine.sampling import SamplingParams
 
@@ -136,6 +137,41 @@ def test_mistakes(hf):
     for count in (-1, 21, 1.5, True):
         with pytest.raises(InputError, match="prompt_logprobs: got .* accepted: None, or an integer from 0 .* to 20"):
             SamplingParams(prompt_logprobs=count)
+
+
+@pytest.mark.parametrize("max_batch_size", [1, 1024])
+def test_a_prompt_with_a_token_whose_logits_are_not_finite_is_told(hf, max_batch_size):
+    """Without attention they stay those of one position, so that what is generated tells nothing."""
+    engine = our_engine(hf, max_batch_size=max_batch_size)
+    engine.model.embedding.weight = torch.nn.Parameter(engine.model.embedding.weight.clone(), requires_grad=False)
+    engine.model.embedding.weight[60] = float("nan")
+    prompts, told = [[5, 9, 60, 2, 7], [5, 9, 2], [60, 4, 4], [5, 9, 60, 2, 7], [1, 60]], []
+    counts = [0, 0, 2, None, 0]
+    results = engine.generate(
+        prompts, params(counts, n=2), attention="noattention", on_failed=lambda *failure: told.append(failure)
+    )
+    assert [result[0] is None for result in results] == [True, False, True, False, True]
+    assert sorted(number for number, _ in told) == [0, 2, 4]
+    first, second, third = (why for _, why in sorted(told))
+    assert first.startswith("the prompt, after 3 of its tokens: the next one's log-probability is not defined; the emb")
+    assert second.startswith("the prompt, after 1 of its tokens") and "no token can be chosen" in third
+    with pytest.raises(InputError, match="^prompt 0, after 3 of its tokens: .* the embedding is the first to give NaN"):
+        engine.generate(prompts[:2], params(counts[:2]), attention="noattention")
+    assert engine.arena.num_used == 0
+
+
+def test_logits_that_overflow_at_one_token(hf, monkeypatch):
+    logits = Transformer.logits
+
+    def overflow(self, hidden_RI):
+        found = logits(self, hidden_RI).clone()
+        found[2:3, 5] = float("inf")  # there are as many when prompts are scored
+        return found
+
+    monkeypatch.setattr(Transformer, "logits", overflow)
+    message = "after 3 of its tokens: .*; run alone it has neither NaN nor infinity in float32"
+    with pytest.raises(InputError, match=message):
+        our_engine(hf).generate([[5, 9, 3, 2, 7]], params([0]))
 
 
 def test_memory_is_counted_where_they_are_asked_for(hf, monkeypatch):
