@@ -164,6 +164,11 @@ def init_group(device: str | None = None, timeout_s: float = 600.0) -> TPGroup:
         torch.cuda.set_device(chosen)
     if size == 1:
         return TPGroup(rank, size, chosen)
+    if dist.is_initialized():
+        raise InputError(
+            "this process has joined the other ranks already; accepted: one group in a process; give the one that there "
+            "is, as in LLM(model, group=group), or close it first"
+        )
     if dist.is_torchelastic_launched():  # by torchrun; another parent may be a thread that comes and goes
         end_with_launcher()
     one_gpu_each = chosen.type == "cuda" and torch.cuda.device_count() >= local_size
@@ -171,14 +176,19 @@ def init_group(device: str | None = None, timeout_s: float = 600.0) -> TPGroup:
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
         store.set_timeout(timeout)
+        # What ranks that the launcher has started again find in it would be from those before.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(
             "nccl" if one_gpu_each else "gloo", store=store, rank=rank, world_size=size, timeout=timeout
         )
         peers = Peers(store, rank, size, timeout_s)
         on_one_host = chosen.type == "cpu" and peers.are_all_here
         host = HostExchange.join(store, rank, size, peers.check) if on_one_host else None
-    except dist.DistError as error:
+    except RuntimeError as error:
+        if not _failed_between_ranks(error):
+            raise
         stopped = awaken_siblings()
         cause = f"{', '.join(stopped)} stopped; run it again" if stopped else str(error).partition("\n")[0]
         raise RankLostError(f"the {size} ranks did not come together within {timeout_s:g} s: {cause}") from error
+    peers.take_sigterm()  # only now, as the waiting above is not Python's, and could not be ended
     return TPGroup(rank, size, chosen, peers, host)

@@ -31,6 +31,7 @@ _LOOKS = 500
 _PATIENCE_S = 0.02
 _NAP_S = 0.0005
 _ASK_EVERY_S = 0.1
+_LONGEST_LOOK_S = 1.0  # what lasts longer is a time in which this process was stopped, and the others may have been
 
 _SUMMED = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -105,13 +106,19 @@ class HostExchange:
         for _ in range(_LOOKS):
             if self._all_are_here():
                 return
-        began = time.monotonic()
-        asked = began
+        began = asked = time.monotonic()
+        waited_s = 0.0
         while not self._all_are_here():
             now = time.monotonic()
             if now - asked > _ASK_EVERY_S:
-                self._while_waiting(now - began)
+                waited_s += min(now - asked, _LONGEST_LOOK_S)
                 asked = now
+                try:
+                    self._while_waiting(waited_s)
+                except Exception:
+                    if self._all_are_here():  # the last one came, and went on to its end, meanwhile
+                        return
+                    raise
             if now - began < _PATIENCE_S:
                 os.sched_yield()
             else:
@@ -132,12 +139,13 @@ def _new_memory(store: dist.Store, size: int) -> int | None:
     nothing is left."""
     file, address = None, ""
     if sys.platform.startswith("linux") and platform.machine() in ("x86_64", "AMD64"):
-        file, token = os.memfd_create("tributary"), secrets.token_bytes(_TOKEN_BYTES)
+        token = secrets.token_bytes(_TOKEN_BYTES)
         try:
+            file = os.memfd_create("tributary")
             os.posix_fallocate(file, 0, size_in_bytes(size))  # now, rather than by a signal when it is written to
             os.pwrite(file, token, size_in_bytes(size) - _TOKEN_BYTES)
             address = f"/proc/{os.getpid()}/fd/{file} {token.hex()}"
-        except OSError:  # no room
+        except (AttributeError, OSError):  # Python was built without it, the system does not allow it, or has no room
             pass
     store.set("memory", address)
     return file

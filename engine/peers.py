@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 # Seconds in which a process whose connections have just broken is seen to have ended.
 _ENDING_S = 1.0
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _STOPPED = ("T", "t")  # by a signal, by a debugger
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
@@ -37,19 +38,22 @@ def end_with_launcher() -> None:
 
 
 def awaken_siblings() -> list[str]:
-    """The processes of this one's launcher that are stopped, each in words. They go on, so that they can be ended.
+    """The ranks that this one's launcher has started here and that are stopped, each in words. They go on, so that they
+    can be ended.
 
     For a rank that waits for others of which nothing is known yet. Linux only; elsewhere none is found.
     """
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         state, parent, _ = _status(int(folder.name))
-        if state in _STOPPED and parent == str(os.getppid()):
-            with suppress(OSError):  # it has ended, or belongs to another user
-                variables = (folder / "environ").read_bytes().split(b"\0")
-                rank = next((v.decode().lower().replace("=", " ") for v in variables if v.startswith(b"RANK=")), "one")
+        if state not in _STOPPED or parent != str(os.getppid()):
+            continue
+        with suppress(OSError):  # it has ended, or belongs to another user
+            variables = (folder / "environ").read_text(errors="replace").split("\0")
+            environment = dict(variable.partition("=")[::2] for variable in variables)
+            if all(environment.get(name) == os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")):
                 os.kill(int(folder.name), signal.SIGCONT)
-                found.append(f"{rank} (process {folder.name})")
+                found.append(f"rank {environment.get('RANK')} (process {folder.name})")
     return sorted(found)
 
 
@@ -65,11 +69,12 @@ class _Process:
     def own(cls) -> "_Process":
         pid = os.getpid()
         try:
-            namespace = os.stat("/proc/self/ns/pid").st_ino
+            # Hosts may have equal names, and the number of a host's first namespace is the same everywhere.
+            host, namespace = _BOOT_ID.read_text().strip(), os.stat("/proc/self/ns/pid").st_ino
         except OSError:  # no Linux: nothing can be looked at
             return cls(f"{os.uname().nodename} {pid}", pid, "")
         _, _, started = _status(pid)
-        return cls(f"{os.uname().nodename} {namespace}", pid, started)
+        return cls(f"{host} {namespace}", pid, started)
 
     def has_ended(self) -> bool:
         state, _, started = _status(self.pid)
@@ -107,6 +112,9 @@ class Peers:
             if place == own.place:
                 self._others[other] = _Process(place, int(pid), started)
         self._handler = None
+
+    def take_sigterm(self) -> None:
+        """From now on SIGTERM raises, in place of ending the process at once, wherever Python can act on it."""
         if threading.current_thread() is threading.main_thread():
             self._handler = signal.signal(signal.SIGTERM, self._on_sigterm)
 

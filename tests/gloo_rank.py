@@ -13,6 +13,7 @@ from engine.config import ModelConfig
 from engine.distributed import TPGroup, init_group
 from engine.dummy import dummy_tensor
 from engine.engine import Engine, Levels
+from engine.errors import InputError
 from engine.host_exchange import HostExchange
 from engine.model import Transformer
 from engine.sampling import SamplingParams
@@ -87,6 +88,15 @@ def check_collectives(group: TPGroup) -> None:
     group.barrier()
 
 
+def check_joined_once() -> None:
+    try:
+        init_group("cpu")
+    except InputError as error:
+        assert "accepted: one group in a process" in str(error)
+    else:
+        raise AssertionError("joined twice")
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
@@ -99,6 +109,7 @@ def main() -> None:
         HostExchange.join = join if way == "memory" else lambda *_: None
         group = init_group("cpu", timeout_s=60)
         assert (group._host is not None) == (way == "memory")
+        check_joined_once()
         check_collectives(group)
         engine = make_engine(group)
         results = {"cases": generate(engine), "max_tokens": engine.arena.max_tokens, "size": group.size}

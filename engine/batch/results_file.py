@@ -34,7 +34,8 @@ class ResultsFile:
         self._synced_at = time.monotonic()
 
     def recover(self) -> Iterator[Result]:
-        """The results that there are. What a run that was killed left of a line at the end is then cut off.
+        """The results that there are. What a run that was killed left of a line at the end, or a machine of zeros, is
+        then cut off.
 
         Raises InputError for a file that holds anything else, and leaves it as it was.
         """
@@ -44,6 +45,8 @@ class ResultsFile:
         whole, number = 0, 0
         while beginning := self._file.readline(len(BEGINNING)):
             number += 1
+            if whole and not beginning.strip(b"\0") and self._is_zero():
+                break
             if beginning != BEGINNING[: len(beginning)]:  # before a line is read whose end may be far
                 raise self._foreign(number)
             line = beginning + self._file.readline()
@@ -97,6 +100,10 @@ class ResultsFile:
         self._file.close()
         if not is_there:
             raise InputError(f"{self._path} was removed, or replaced, while its results were written; they are lost")
+
+    def _is_zero(self) -> bool:
+        """Whether the file ends in nothing but zeros, as a machine that loses its power may leave it."""
+        return not any(piece.strip(b"\0") for piece in iter(lambda: self._file.read(2**20), b""))
 
     def _cut(self, size: int) -> None:
         os.ftruncate(self._file.fileno(), size)

@@ -61,7 +61,8 @@ def run_scaling(outdir: Path, plan: Plan, synth: Path, console: Console) -> Scal
     with progress_bar(console) as progress, tempfile.TemporaryDirectory() as scratch:
         task = progress.add_task("", total=2 * plan.num_rounds)
         for round_ in range(plan.num_rounds):
-            for num_processes, results in ((1, scaling.one_process), (plan.num_ranks, scaling.ranks)):
+            turns = [(1, scaling.one_process), (plan.num_ranks, scaling.ranks)]
+            for num_processes, results in turns if round_ % 2 == 0 else reversed(turns):  # neither is always the later
                 progress.update(task, description=f"round {round_ + 1}, processes: {num_processes}")
                 results.append(_turn(plan, num_processes, synth, Path(scratch, f"{round_}-{num_processes}")))
                 progress.advance(task)

@@ -122,12 +122,48 @@ class Store(dict):
         return self[key]
 
 
-@pytest.mark.parametrize("hindrance", [None, "the processor", "no room", "another process of that number"])
+def test_who_came_while_it_was_asked_about_is_not_lost(monkeypatch):
+    monkeypatch.setattr(host_exchange, "_ASK_EVERY_S", 0.01)
+    memory = mmap.mmap(-1, size_in_bytes(2))
+
+    def comes_and_leaves(waited_s):
+        HostExchange(memory, 1, 2, lambda waited_s: None).all_reduce(torch.ones(3))
+        raise RuntimeError("it has left")
+
+    tensor = torch.ones(3)
+    assert HostExchange(memory, 0, 2, comes_and_leaves).all_reduce(tensor) and tensor.tolist() == [2, 2, 2]
+
+
+def test_a_pause_of_all_processes_is_no_wait(monkeypatch):
+    seconds, waits = itertools.count(step=1000), []
+    monkeypatch.setattr(host_exchange.time, "monotonic", lambda: float(next(seconds)))
+
+    def while_waiting(waited_s):
+        waits.append(waited_s)
+        if len(waits) == 3:
+            raise RuntimeError("long enough")
+
+    with pytest.raises(RuntimeError, match="long enough"):
+        HostExchange(mmap.mmap(-1, size_in_bytes(2)), 0, 2, while_waiting).all_reduce(torch.ones(3))
+    assert waits == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "hindrance", [None, "the processor", "Python", "not allowed", "no room", "another process of that number"]
+)
 def test_where_it_cannot_be_had_no_rank_has_it(monkeypatch, hindrance):
     store = Store()
     monkeypatch.setattr(host_exchange.dist, "PrefixStore", lambda prefix, inner: inner)
     if hindrance == "the processor":
         monkeypatch.setattr(host_exchange.platform, "machine", lambda: "aarch64")
+    if hindrance == "Python":
+        monkeypatch.delattr(host_exchange.os, "memfd_create")
+    if hindrance == "not allowed":
+
+        def not_allowed(*_):
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(host_exchange.os, "memfd_create", not_allowed)
     if hindrance == "no room":
 
         def no_room(*_):

@@ -27,16 +27,24 @@ class Running:
     is one, on which commands show how far they are.
     """
 
-    def __init__(self, folder: Path, *arguments: object, num_ranks: int = 1, terminal: bool = False, limit=None):
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: object,
+        num_ranks: int = 1,
+        max_restarts: int = 0,
+        terminal: bool = False,
+        limit: Callable[[], None] | None = None,
+    ):
         mark = str(uuid.uuid4())
         self._mark = f"{_MARK}={mark}"
         self._stdout, self._stderr = folder / f"{mark}.out", folder / f"{mark}.err"
-        launcher = (*TORCHRUN, f"--nproc_per_node={num_ranks}") if num_ranks > 1 else ()
+        launcher = (*TORCHRUN, f"--max-restarts={max_restarts}", f"--nproc_per_node={num_ranks}")
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TERM": "xterm", _MARK: mark}
         with self._stdout.open("wb") as stdout, self._stderr.open("wb") as stderr:
             master, slave = pty.openpty() if terminal else (None, stderr.fileno())
             self._process = subprocess.Popen(
-                [sys.executable, *launcher, *map(str, arguments)],
+                [sys.executable, *(launcher if num_ranks > 1 else ()), *map(str, arguments)],
                 cwd=ROOT,
                 env=environment,
                 stdin=subprocess.DEVNULL,

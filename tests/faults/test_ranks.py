@@ -105,6 +105,14 @@ class TestLauncher:
             time.sleep(0.1)
 
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize("_", range(3))
+    def test_ranks_that_are_started_again_know_nothing_of_those_before(self, start, _):
+        running = start(Path(__file__).with_name("restarted.py"), num_ranks=RANKS, max_restarts=1)
+        done = running.finish(60)
+        assert (done.status, done.stdout) == (0, "attempt 1: [3.0, 3.0, 3.0], memory shared: True\n"), done.stderr
+
+
 class TestStopped:
     TIMEOUT_S = 10
 

@@ -94,7 +94,7 @@ class TestRecovering:
         assert path.read_bytes() == b"".join(LINES)
 
     @pytest.mark.parametrize(
-        "content", [b"notes", b"notes\n", b"\n", b'{"id": 5}\n', b"\0" * 99, b'{"id": "batch_req_1"}\n']
+        "content", [b"notes", b"notes\n", b"\n", b'{"id": 5}\n', b"\0" * 99 + b"n", b'{"id": "batch_req_1"}\n']
     )
     def test_another_file_is_left_as_it_is(self, opened, path, content):
         for before in (b"", LINES[0]):
@@ -104,6 +104,21 @@ class TestRecovering:
                 list(opened().recover())
             assert path.read_bytes() == before + content
             path.unlink()
+
+    @pytest.mark.parametrize("torn", [b"", LINES[1][:30]])
+    def test_zeros_at_the_end_are_cut_off(self, opened, path, torn):
+        for count in (1, 99, 3 << 20):
+            path.write_bytes(LINES[0] + torn + bytes(count))
+            file = opened()
+            assert list(file.recover()) == RESULTS[:1]
+            file.close()
+            assert path.read_bytes() == LINES[0]
+
+    def test_a_file_of_zeros_is_another_file(self, opened, path):
+        path.write_bytes(bytes(99))
+        with pytest.raises(InputError, match="out.jsonl, line 1 is not the result of a batch"):
+            list(opened().recover())
+        assert path.read_bytes() == bytes(99)
 
     def test_or_is_dropped_when_told_so(self, opened, path):
         path.write_bytes(b"notes")
