@@ -4,6 +4,7 @@
 environment variables; everything else is given the group.
 """
 
+import itertools
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -17,6 +18,8 @@ from engine.host_exchange import HostExchange
 from engine.peers import Peers, RankLostError, awaken_siblings, end_with_launcher
 
 T = TypeVar("T")
+
+_groups_joined = itertools.count()  # by this process, as by every other rank
 
 
 class TPGroup:
@@ -176,8 +179,10 @@ def init_group(device: str | None = None, timeout_s: float = 600.0) -> TPGroup:
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
         store.set_timeout(timeout)
-        # What ranks that the launcher has started again find in it would be from those before.
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        # One store serves ranks that the launcher has started again, and groups that follow each other: without a
+        # prefix they would find what those before have left.
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        store = dist.PrefixStore(f"restart {restart}, group {next(_groups_joined)}", store)
         dist.init_process_group(
             "nccl" if one_gpu_each else "gloo", store=store, rank=rank, world_size=size, timeout=timeout
         )
