@@ -169,8 +169,8 @@ def init_group(device: str | None = None, timeout_s: float = 600.0) -> TPGroup:
         return TPGroup(rank, size, chosen)
     if dist.is_initialized():
         raise InputError(
-            "this process has joined the other ranks already; accepted: one group in a process; give the one that there "
-            "is, as in LLM(model, group=group), or close it first"
+            "this process has joined the other ranks already; accepted: one group in a process; give the one that "
+            "there is, as in LLM(model, group=group), or close it first"
         )
     if dist.is_torchelastic_launched():  # by torchrun; another parent may be a thread that comes and goes
         end_with_launcher()

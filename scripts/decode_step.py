@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from engine import cli_options as options
 from engine.bench.breakdown import Comparison, run_breakdown
 from engine.bench.breakdown_table import print_breakdown
 from engine.bench.modes import MODES, ModelOptions, check_mode
@@ -23,9 +24,9 @@ def decode_step(
     model_name: Annotated[
         str, typer.Option(help="A local folder, a Hub id, or with --load-format dummy a preset's name.")
     ] = "llama-125m",
-    load_format: Annotated[str, typer.Option(help="auto, or dummy for random weights.")] = "dummy",
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "bfloat16",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. CUDA where there is one.")] = None,
+    load_format: options.LoadFormat = "dummy",
+    dtype: options.Dtype = "bfloat16",
+    device: options.Device = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Completions at once.")] = 64,
     shared: Annotated[str, typer.Option(help="Tokens of the shared prompt: a range.")] = "1024,4096",
     unique: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 16,
@@ -36,7 +37,7 @@ def decode_step(
     modes: Annotated[
         str, typer.Option(help=f"Modes to time, separated by commas: {', '.join(MODES)}.")
     ] = "noattention,hydragen,hydragen_noshared,hf,hf_static",
-    seed: Annotated[int, typer.Option(min=0, help="Of the prompt, and of dummy weights.")] = 0,
+    seed: options.SeedOfDummies = 0,
 ) -> None:
     """Time a decode step in each mode, and alone the operations that it consists of.
 

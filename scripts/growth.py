@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from engine.attention import METHODS
+from engine import cli_options as options
 from engine.bench.growth import Plan, Work, run_growth
 from engine.bench.growth_table import print_growth
 from engine.bench.modes import ModelOptions, check_mode
@@ -24,10 +24,10 @@ def growth(
     model_name: Annotated[
         str, typer.Option(help="A local folder, a Hub id, or with --load-format dummy a preset's name.")
     ] = "llama-125m",
-    load_format: Annotated[str, typer.Option(help="auto, or dummy for random weights.")] = "dummy",
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "bfloat16",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. CUDA where there is one.")] = None,
-    attention: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")] = "hydragen",
+    load_format: options.LoadFormat = "dummy",
+    dtype: options.Dtype = "bfloat16",
+    device: options.Device = None,
+    attention: options.Attention = "hydragen",
     batch: Annotated[str, typer.Option(help="Completions at once: a range.")] = "1:513:x2",
     prefix: Annotated[str, typer.Option(help="Tokens that they share: a range.")] = "256:32769:x2",
     depth: Annotated[str, typer.Option(help="Levels that the prefix is divided into: a range.")] = "1:5:1",

@@ -7,20 +7,25 @@ from typing import Annotated
 import typer
 
 from engine import LLM, PromptLevels, RequestOutput, SamplingParams
-from engine.attention import METHODS
+from engine import cli_options as options
 from engine.cli import make_app, make_console, run
 from engine.distributed import init_group
 from engine.errors import InputError
 from engine.files import write_whole
 from engine.progress import generation_progress
-from engine.prompts import parse_conversations, parse_levels, read_conversations, read_prompts
+from engine.prompts import (
+    parse_conversations,
+    parse_levels,
+    read_conversations,
+    read_prompts,
+)
 
 app = make_app()
 
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A local folder or a Hub id, in Hugging Face format.")],
+    model: options.Model,
     prompts: Annotated[
         list[str] | None,
         typer.Option(help="One level of the hierarchy, its prompts separated by |. Repeat it for the levels below."),
@@ -64,18 +69,16 @@ def generate(
         int | None, typer.Option(help="With --jsonl: likewise of each token of the prompt, 0 to 20.")
     ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")] = False,
-    attention: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")] = "hydragen",
+    attention: options.Attention = "hydragen",
     disable_hierarchy: Annotated[bool, typer.Option("--disable-hierarchy", help="Share the first level only.")] = False,
-    tp_dir: Annotated[Path | None, typer.Option(help="Shards made by tools/make_tp_files.py, one for a rank.")] = None,
-    load_format: Annotated[str, typer.Option(help="auto, or dummy for random weights.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. CUDA where there is one.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")] = None,
-    cache_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens that the KV cache has room for. Without it: what the work needs.")
-    ] = None,
-    max_batch_size: Annotated[int, typer.Option(min=1, help="Completions that run at once at most.")] = 1024,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds for which a rank waits for another.")] = 600,
+    tp_dir: options.TpDir = None,
+    load_format: options.LoadFormat = "auto",
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    revision: options.Revision = None,
+    cache_tokens: options.CacheTokens = None,
+    max_batch_size: options.MaxBatchSize = 1024,
+    timeout: options.Timeout = 600,
 ) -> None:
     """Generate completions. Prompts that begin alike share what they have in common: it is computed and read once.
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from engine import LLM
-from engine.attention import METHODS
+from engine import cli_options as options
 from engine.batch.job import BatchJob
 from engine.batch.report import batch_progress, print_tally
 from engine.batch.request import Defaults
@@ -20,7 +20,7 @@ app = make_app()
 
 @app.command()
 def run_batch(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A local folder or a Hub id, in Hugging Face format.")],
+    model: options.Model,
     requests: Annotated[Path, typer.Argument(metavar="INPUT", help="JSON lines, a request each.")],
     results: Annotated[
         Path, typer.Argument(metavar="OUTPUT", help="Gets a JSON line for each request, as soon as it is answered.")
@@ -38,17 +38,15 @@ def run_batch(
     window_mib: Annotated[
         int, typer.Option(min=1, help="Memory in MiB that these may take at most, beside the KV cache, roughly.")
     ] = 256,
-    attention: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")] = "hydragen",
-    tp_dir: Annotated[Path | None, typer.Option(help="Shards made by tools/make_tp_files.py, one for a rank.")] = None,
-    load_format: Annotated[str, typer.Option(help="auto, or dummy for random weights.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. CUDA where there is one.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")] = None,
-    cache_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens that the KV cache has room for. Without it: what the work needs.")
-    ] = None,
-    max_batch_size: Annotated[int, typer.Option(min=1, help="Completions that run at once at most.")] = 1024,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds for which a rank waits for another.")] = 600,
+    attention: options.Attention = "hydragen",
+    tp_dir: options.TpDir = None,
+    load_format: options.LoadFormat = "auto",
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    revision: options.Revision = None,
+    cache_tokens: options.CacheTokens = None,
+    max_batch_size: options.MaxBatchSize = 1024,
+    timeout: options.Timeout = 600,
 ) -> None:
     """Answer a file of requests in the shape of OpenAI's batch API. Shared prefixes are found.
 

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from engine import cli_options as options
 from engine.attention import METHODS
 from engine.bench.modes import ModelOptions
 from engine.bench.results import Cell
@@ -22,8 +23,8 @@ def scaling(
     model_name: Annotated[
         str, typer.Option(help="A local folder, a Hub id, or with --load-format dummy a preset's name.")
     ] = "llama-125m",
-    load_format: Annotated[str, typer.Option(help="auto, or dummy for random weights.")] = "dummy",
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "bfloat16",
+    load_format: options.LoadFormat = "dummy",
+    dtype: options.Dtype = "bfloat16",
     mode: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")] = "hydragen",
     batch_size: Annotated[int, typer.Option(min=1, help="Completions at once.")] = 64,
     shared: Annotated[int, typer.Option(min=1, help="Tokens of the shared prompt.")] = 4096,
@@ -31,7 +32,7 @@ def scaling(
     num_ranks: Annotated[int, typer.Option(min=2, help="Ranks, and threads of the one process.")] = 2,
     num_rounds: Annotated[int, typer.Option(min=1, help="Turns of each.")] = 5,
     num_iters: Annotated[int, typer.Option(min=1, help="Times that each turn generates.")] = 5,
-    seed: Annotated[int, typer.Option(min=0, help="Of the prompt, and of dummy weights.")] = 0,
+    seed: options.SeedOfDummies = 0,
 ) -> None:
     """Time one cell of scripts/synth.py on CPU, in one process and in ranks started by torchrun, turn by turn.
 

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from engine import cli_options as options
 from engine.bench.modes import MODES, ModelOptions, check_mode
 from engine.bench.ranges import parse_range
 from engine.bench.report import build_rows, print_table
@@ -31,7 +32,7 @@ def synth(
     mode: Annotated[str, typer.Option(help=f"What is timed: {', '.join(MODES)}.")] = "hydragen",
     num_iters: Annotated[int, typer.Option(min=1, help="Timed runs of a cell.")] = 5,
     num_warmup: Annotated[int, typer.Option(min=0, help="Runs of a cell before those.")] = 2,
-    tp_dir: Annotated[Path | None, typer.Option(help="Shards made by tools/make_tp_files.py, one for a rank.")] = None,
+    tp_dir: options.TpDir = None,
     tp: Annotated[
         int | None,
         typer.Option(
@@ -40,15 +41,15 @@ def synth(
             "The other modes have as many ranks as torchrun starts.",
         ),
     ] = None,
-    load_format: Annotated[str, typer.Option(help="auto, or dummy for random weights.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. CUDA where there is one.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the prompt, and of dummy weights.")] = 0,
+    load_format: options.LoadFormat = "auto",
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    revision: options.Revision = None,
+    seed: options.SeedOfDummies = 0,
     calc_prefill: Annotated[
         bool, typer.Option(help="Time the shared prompt's prefill as often as the decoding, or run it once untimed.")
     ] = True,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds for which a rank waits for another.")] = 600,
+    timeout: options.Timeout = 600,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the grid and each cell's memory per rank, and run nothing.")
     ] = False,
