@@ -171,8 +171,8 @@ class Engine:
             on_failed: called once for a prompt with (its number, what is wrong) when a sample of it alone has no room,
                 or its logits are not finite; None takes the sample's place in what is returned, and the others go on.
                 Without it the first one raises. ``check_prompt`` tells what is wrong with a prompt beforehand.
-            repeats_differ: a prompt that is given again draws other numbers, as a further sample does. Without it
-                equal prompts with equal parameters generate the same.
+            repeats_differ: a prompt that is given again with equal parameters draws other numbers, as a further sample
+                does. Without it the two generate the same. With other parameters a prompt draws as if it were alone.
 
         Raises InputError for prompts or options that cannot be used.
         """

@@ -33,6 +33,8 @@ _NAP_S = 0.0005
 _ASK_EVERY_S = 0.1
 _LONGEST_LOOK_S = 1.0  # what lasts longer is a time in which this process was stopped, and the others may have been
 
+WhileWaiting = Callable[[float], Exception | None]
+
 _SUMMED = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -42,11 +44,12 @@ class HostExchange:
     Args:
         memory: ``size_in_bytes(size)`` bytes, zeroed, that all ranks see.
         rank, size: which rank this is, and of how many.
-        while_waiting: called now and then with the seconds for which another rank has been waited for. It may raise.
+        while_waiting: called now and then with the seconds for which another rank has been waited for. It raises when
+            these are too many; what it returns is raised if the rank really has not come.
     """
 
     def __init__(
-        self, memory: mmap.mmap | bytearray, rank: int, size: int, while_waiting: Callable[[float], None]
+        self, memory: mmap.mmap | bytearray, rank: int, size: int, while_waiting: WhileWaiting
     ) -> None:
         self._rank, self._while_waiting = rank, while_waiting
         # Of 64 bits, aligned: read and written at once, faster than through numpy.
@@ -58,7 +61,7 @@ class HostExchange:
 
     @classmethod
     def join(
-        cls, store: dist.Store, rank: int, size: int, while_waiting: Callable[[float], None]
+        cls, store: dist.Store, rank: int, size: int, while_waiting: WhileWaiting
     ) -> "HostExchange | None":
         """The exchange of a group whose ranks run on this host; None, on every rank, where it cannot be had.
 
@@ -113,12 +116,10 @@ class HostExchange:
             if now - asked > _ASK_EVERY_S:
                 waited_s += min(now - asked, _LONGEST_LOOK_S)
                 asked = now
-                try:
-                    self._while_waiting(waited_s)
-                except Exception:
-                    if self._all_are_here():  # the last one came, and went on to its end, meanwhile
-                        return
-                    raise
+                lost = self._while_waiting(waited_s)
+                # The last one may have come, and gone on to its end, meanwhile.
+                if lost is not None and not self._all_are_here():
+                    raise lost
             if now - began < _PATIENCE_S:
                 os.sched_yield()
             else:

@@ -129,12 +129,17 @@ class Peers:
         """Whether all ranks run on this host, where they see each other; if so, each of them says so."""
         return len(self._others) == self._size - 1
 
-    def check(self, waited_s: float) -> None:
-        """Raises RankLostError when a rank that has been waited for is not going to come, or for too long."""
+    def check(self, waited_s: float) -> RankLostError | None:
+        """What has become of a rank that has ended, so that it is not going to come if it has not yet.
+
+        Raises RankLostError when others have been waited for too long. One that was stopped goes on then, and may come
+        after all: it is to end all the same.
+        """
         if waited_s > self._timeout_s:
             raise self.explain(RuntimeError(f"waited for {waited_s:.0f} s"))
         if self._killed() is not None or any(self._has_left(rank) for rank in self._others):
-            raise self.explain(RuntimeError("a rank has ended"))
+            return self.explain(RuntimeError("a rank has ended"))
+        return None
 
     def explain(self, error: RuntimeError) -> RankLostError:
         """Of a collective that failed. Looks for the rank at fault; one that is stopped goes on, so that it can end."""

@@ -47,19 +47,21 @@ class RequestMaker:
             raise InputError(
                 f"forced_tokens for {len(forced_tokens)} of {len(params)} prompts; accepted: a list for each"
             )
-        occurrences: Counter[bytes] = Counter()
+        # A prompt that is there again with the same parameters draws other numbers; one with others is on its own, or
+        # its draws would depend on who else is there.
+        occurrences: Counter[tuple[bytes, SamplingParams]] = Counter()
         requests = []
         for number, i in enumerate(np.argsort(tree.order).tolist()):
             p, forced = params[number], self._forced(number, forced_tokens[number], params[number].max_tokens)
             digest = prompt_hash(tree.sequence_tokens(i))
             self._check_stops(p)
             stop_ids = frozenset(p.stop_token_ids) | (frozenset() if p.ignore_eos else self._eos_token_ids)
-            keys = [row_key(p.seed, digest, occurrences[digest], sample) for sample in range(p.n)]
+            keys = [row_key(p.seed, digest, occurrences[digest, p], sample) for sample in range(p.n)]
             for sample, key in enumerate(keys):
                 stop_text = StopChecker(self._tokenizer, p.stop) if p.stop else None
                 requests.append(Request(number, p, stop_ids, key, forced, sample, stop_text))
             if repeats_differ:
-                occurrences[digest] += 1
+                occurrences[digest, p] += 1
         return requests
 
     def planned_lengths(

@@ -173,7 +173,8 @@ def prompt_hash(tokens: Sequence[int]) -> bytes:
 def row_key(seed: int, prompt: bytes, occurrence: int, sample: int) -> int:
     """The 64-bit key (signed) of a row's stream of uniform numbers.
 
-    ``prompt`` is the ``prompt_hash``; ``occurrence`` counts the equal prompts before this one in the caller's list.
+    ``prompt`` is the ``prompt_hash``; ``occurrence`` counts the equal prompts with equal parameters before this one in
+    the caller's list.
     """
     assert isinstance(prompt, bytes) and len(prompt) == 16, "row_key takes the prompt's hash, not its tokens"
     text = b"".join(part.to_bytes(8, "little") for part in (seed, occurrence, sample)) + prompt

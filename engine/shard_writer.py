@@ -103,7 +103,7 @@ def write_shards(
             except BaseException as error:
                 _clear(outdir)
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                    size = f"{num_splits * _rank_bytes(plan) / 1e9:,.2f} GB"
+                    size = f"{num_splits * _rank_bytes(plan) / 1e6:,.1f} MB"
                     raise InputError(
                         f"{outdir}: {error.strerror}; the split takes {size}; make room for it, or choose another disk"
                     ) from error

@@ -34,10 +34,10 @@ def run_batch(
     ] = 1024,
     window_requests: Annotated[
         int, typer.Option(min=1, help="Requests that are read and run together at most. More share more.")
-    ] = 4096,
+    ] = 16384,
     window_mib: Annotated[
         int, typer.Option(min=1, help="Memory in MiB that these may take at most, beside the KV cache, roughly.")
-    ] = 256,
+    ] = 1024,
     attention: options.Attention = "hydragen",
     tp_dir: options.TpDir = None,
     load_format: options.LoadFormat = "auto",

@@ -7,7 +7,7 @@ from engine.batch.endpoint import Body
 from engine.batch.input_file import InputFile, Line
 from engine.batch.ledger import Ledger
 from engine.batch.refusal import RefusedError
-from engine.batch.request import BatchRequest, Defaults, Origin, read_body, read_custom_id, read_object
+from engine.batch.request import BatchRequest, Defaults, Origin, parse_line, read_body
 
 # Bytes that a request takes until it is answered, roughly: of its line (as text, as JSON, as token ids), and of a token
 # of a sample as Python's objects, those of its log-probabilities included.
@@ -22,8 +22,8 @@ _PER_LOGPROB = 128
 class WindowSize:
     """Whichever is reached first. The first request of a window is in it however large it is."""
 
-    num_requests: int = 4096
-    num_bytes: int = 256 << 20
+    num_requests: int = 16384
+    num_bytes: int = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,12 @@ def windows(
 def _request(line: Line, ledger: Ledger, defaults: Defaults) -> BatchRequest | tuple[Origin, RefusedError]:
     custom_id = None
     try:
-        value = read_object(line)
-        custom_id = read_custom_id(value, line)
+        parsed = parse_line(line)
+        custom_id = parsed.custom_id()
         if (first := ledger.claim(custom_id, line.number)) != line.number:
             raise RefusedError(f"line {line.number}: custom_id is that of line {first}, too; give it another")
-        return BatchRequest(Origin(line.number, line.request_id, custom_id), read_body(value, defaults))
+        parsed.check()
+        return BatchRequest(Origin(line.number, line.request_id, custom_id), read_body(parsed.value, defaults))
     except RefusedError as error:
         return Origin(line.number, line.request_id, custom_id), error
 

@@ -217,6 +217,14 @@ def test_repeats_draw_alike_where_they_are_not_to_differ(engine):
     assert alike[0] == alike[2] == first
 
 
+def test_equal_prompts_with_other_parameters_draw_as_if_alone(engine):
+    many = [SamplingParams(max_tokens=12, seed=seed, temperature=t) for seed in (1, 2) for t in (0.7, 1.0)]
+    alone = [outcomes(engine.generate([[3, 4]], p))[0] for p in many]
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]):
+        assert outcomes(engine.generate([[3, 4]] * 4, [many[i] for i in order])) == [alone[i] for i in order]
+    assert len({tokens for ((tokens, _),) in alone}) == 4
+
+
 def test_a_prompt_is_checked_without_running_it(engine):
     engine.check_prompt([1, 2], SamplingParams())
     for tokens, params, message in (

@@ -128,10 +128,30 @@ def test_who_came_while_it_was_asked_about_is_not_lost(monkeypatch):
 
     def comes_and_leaves(waited_s):
         HostExchange(memory, 1, 2, lambda waited_s: None).all_reduce(torch.ones(3))
-        raise RuntimeError("it has left")
+        return RuntimeError("it has left")
 
     tensor = torch.ones(3)
     assert HostExchange(memory, 0, 2, comes_and_leaves).all_reduce(tensor) and tensor.tolist() == [2, 2, 2]
+
+
+def test_who_comes_only_after_too_long_is_lost(monkeypatch):
+    """A rank that was stopped, and awakened to end."""
+    monkeypatch.setattr(host_exchange, "_ASK_EVERY_S", 0.01)
+    memory = mmap.mmap(-1, size_in_bytes(2))
+
+    def comes_late(waited_s):
+        HostExchange(memory, 1, 2, lambda waited_s: None).all_reduce(torch.ones(3))
+        raise RuntimeError("it was stopped")
+
+    with pytest.raises(RuntimeError, match="it was stopped"):
+        HostExchange(memory, 0, 2, comes_late).all_reduce(torch.ones(3))
+
+
+def test_who_has_ended_without_coming_is_lost(monkeypatch):
+    monkeypatch.setattr(host_exchange, "_ASK_EVERY_S", 0.01)
+    exchange = HostExchange(mmap.mmap(-1, size_in_bytes(2)), 0, 2, lambda waited_s: RuntimeError("it is dead"))
+    with pytest.raises(RuntimeError, match="it is dead"):
+        exchange.all_reduce(torch.ones(3))
 
 
 def test_a_pause_of_all_processes_is_no_wait(monkeypatch):

@@ -1,4 +1,4 @@
-"""A rank's program that joins two groups, one after the other. One rank kills itself when it runs for the first time."""
+"""A rank's program that joins two groups, one after the other. In its first run a rank kills itself."""
 
 import os
 import signal

@@ -14,7 +14,7 @@ from engine import LLM
 from engine.batch.input_file import MAX_LINE_BYTES, InputFile
 from engine.batch.job import BatchJob
 from engine.batch.refusal import RefusedError, error_body
-from engine.batch.request import BatchRequest, Defaults, Origin, read_body, read_custom_id, read_object
+from engine.batch.request import BatchRequest, Defaults, Origin, parse_line, read_body
 from engine.batch.result import ANSWERED, REFUSED, parse_result, result_line
 from engine.batch.results_file import ResultsFile
 from engine.distributed import TPGroup
@@ -75,10 +75,11 @@ def test_requests(num_cases, tmp_path):
         for line in InputFile(path).lines():
             custom_id = None
             try:
-                value = read_object(line)
-                custom_id = read_custom_id(value, line)
+                parsed = parse_line(line)
+                custom_id = parsed.custom_id()
+                parsed.check()
                 origin = Origin(line.number, line.request_id, custom_id)
-                request = BatchRequest(origin, read_body(value, Defaults()))
+                request = BatchRequest(origin, read_body(parsed.value, Defaults()))
             except RefusedError as error:
                 refusals.append(error)
                 status, body = REFUSED, error_body(error)
@@ -181,7 +182,9 @@ def test_a_line_of_any_length_takes_little_memory(tmp_path, unit):
             file.truncate(1 << 28)  # zeros that take no room on the disk
         first, second = InputFile(path).lines()
         assert second.data is None
-        read_custom_id(read_object(first), first)
+        parsed = parse_line(first)
+        parsed.check()
+        parsed.custom_id()
 
     outcomes = fuzz(1, st.just(unit), read)
     assert outcomes.share("line 1: custom_id is None") == 1

@@ -6,7 +6,7 @@ from engine.batch.chat_completion import ChatBody
 from engine.batch.completion import CompletionBody
 from engine.batch.input_file import Line
 from engine.batch.refusal import RefusedError
-from engine.batch.request import Defaults, read_body, read_custom_id, read_object
+from engine.batch.request import Defaults, parse_line, read_body
 
 REQUEST = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}}
 
@@ -27,31 +27,57 @@ def body(defaults: Defaults | None = None, **changes: object):
         (b"\xff", "is not UTF-8 text"),
         (b'{"a": NaN}', "is not JSON (NaN is no number of JSON)"),
         (b"[" * 100_000, "is nested more than 32 deep"),
-        (b'{"a": ' + b"[" * 33 + b"]" * 33 + b"}", "is nested more than 32 deep"),
-        (b'{"a": ' + b"9" * 5000 + b"}", "is not JSON (Exceeds the limit"),
         (b"[1]", "holds a list; accepted: one object a line"),
         (b'"a"', "holds a str"),
-        (b'{"a": "\\ud800"}', "holds half of a surrogate pair"),
-        (b'{"\\uDFFF": 1}', "holds half of a surrogate pair"),
     ],
 )
 def test_lines_that_are_no_objects(data, part):
     with pytest.raises(RefusedError) as caught:
-        read_object(line(data))
+        parse_line(line(data))
     assert str(caught.value).startswith(f"line 7 {part}") and str(caught.value).isprintable()
 
 
 def test_objects():
-    assert read_object(line(REQUEST)) == REQUEST
-    assert read_object(line(b'{"a": "\\ud83d\\ude00 \\u00e9"}')) == {"a": "\U0001f600 é"}
     deep = b'{"a": ' + b"[" * 31 + b"]" * 31 + b"}"
-    assert read_object(line(deep)) == json.loads(deep)
+    pair, twice = b'{"a": "\\ud83d\\ude00 \\u00e9"}', b'{"a": [{"b": 1}, {"b": 1}]}'
+    for data in (json.dumps(REQUEST).encode(), pair, deep, twice):
+        parsed = parse_line(line(data))
+        parsed.check()
+        assert parsed.value == json.loads(data)
 
 
-@pytest.mark.parametrize("value", [{}, {"custom_id": None}, {"custom_id": 7}, {"custom_id": ["a"]}])
+@pytest.mark.parametrize(
+    ("field", "part"),
+    [
+        (b'"a": ' + b"[" * 33 + b"]" * 33, "is nested more than 32 deep"),
+        (b'"a": "\\ud800"', "holds half of a surrogate pair"),
+        (b'"\\uDFFF": 1', "holds half of a surrogate pair"),
+        (b'"a": 1, "a": 1', "has a twice in one object; accepted: once"),
+        (b'"a": [{"x\\ny": {}, "x\\ny": []}]', r"has x\ny twice in one object"),
+    ],
+)
+def test_objects_that_cannot_be_used_have_their_custom_id(field, part):
+    parsed = parse_line(line(b'{"custom_id": "mine", ' + field + b"}"))
+    assert parsed.custom_id() == "mine"
+    with pytest.raises(RefusedError) as caught:
+        parsed.check()
+    assert str(caught.value).startswith(f"line 7 {part}") and str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("digits", ["9" * 5000, "-" + "9" * 5000])
+def test_an_integer_longer_than_python_reads(digits):
+    body = '{"prompt": "x", "n": 2, "max_tokens": ' + digits + "}"
+    parsed = parse_line(line(json.dumps(REQUEST).replace('{"prompt": "x"}', body).encode()))
+    parsed.check()
+    assert parsed.custom_id() == "a" and parsed.value["body"]["n"] == 2
+    with pytest.raises(RefusedError, match="max_tokens is inf; accepted: an integer"):
+        read_body(parsed.value, Defaults())
+
+
+@pytest.mark.parametrize("value", [{}, *({"custom_id": wrong} for wrong in (None, 7, ["a"], "\ud800"))])
 def test_without_a_custom_id(value):
     with pytest.raises(RefusedError, match="line 7: custom_id is .*; accepted: text") as caught:
-        read_custom_id(value, line(value))
+        parse_line(line(value)).custom_id()
     assert caught.value.param == "custom_id"
 
 
