@@ -56,14 +56,14 @@ def decode_step(
       python scripts/decode_step.py results/step32 --dtype float32 --shared 4096 --modes noattention,hydragen
       python scripts/decode_step.py results/steady --num-iters 15 --hf-iters 5
     """
-    options = ModelOptions(model_name, load_format=load_format, dtype=dtype, seed=seed)
+    model = ModelOptions(model_name, load_format=load_format, dtype=dtype, seed=seed)
     chosen = tuple(mode.strip() for mode in modes.split(","))
     lengths = parse_range(shared, name="--shared")
     group = init_group(device)
     try:
         for mode in chosen:
-            check_mode(mode, options, group.size, None)
-        comparison = Comparison(chosen, batch_size, lengths, unique, options, num_iters, hf_iters)
+            check_mode(mode, model, group.size, None)
+        comparison = Comparison(chosen, batch_size, lengths, unique, model, num_iters, hf_iters)
         breakdown = run_breakdown(outdir, comparison, group, make_console(stderr=True))
         print_breakdown(breakdown, make_console())
     finally:

@@ -48,7 +48,7 @@ def growth(
       python scripts/growth.py results/baseline --attention hydragen_noshared --prefix 256:8193:x2
       python scripts/growth.py results/deep --depth 1,2,4,8,16 --base-batch 256 --batch 1,256 --prefix 4096
     """
-    options = ModelOptions(model_name, load_format=load_format, dtype=dtype, seed=seed)
+    model = ModelOptions(model_name, load_format=load_format, dtype=dtype, seed=seed)
     plan = Plan(
         Work(base_batch, base_prefix),
         parse_range(batch, name="--batch"),
@@ -57,10 +57,10 @@ def growth(
         unique,
         finished,
         attention,
-        options,
+        model,
         num_iters,
     )
-    check_mode(attention, options, 1, None)
+    check_mode(attention, model, 1, None)
     group = init_group(device)
     try:
         print_growth(run_growth(outdir, plan, group, make_console(stderr=True)), make_console())

@@ -41,8 +41,8 @@ def scaling(
       python scripts/scaling.py results/scaling
       python scripts/scaling.py results/scaling4 --num-ranks 4 --shared 1024
     """
-    options = ModelOptions(model_name, load_format=load_format, dtype=dtype, seed=seed)
-    plan = Plan(Cell(mode, batch_size, shared, unique), options, num_ranks, num_rounds, num_iters)
+    model = ModelOptions(model_name, load_format=load_format, dtype=dtype, seed=seed)
+    plan = Plan(Cell(mode, batch_size, shared, unique), model, num_ranks, num_rounds, num_iters)
     synth = Path(__file__).with_name("synth.py")
     print_scaling(run_scaling(outdir, plan, synth, make_console(stderr=True)), make_console())
 
