@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -12,6 +12,8 @@ from engine.prefix_tree import PrefixTree, build_from_prompts
 from engine.sampling import SamplingParams, prompt_hash, row_key
 from engine.stopping import StopChecker
 from engine.tokenizer import Tokenizer
+
+_TOLD = ("logprobs", "prompt_logprobs", "include_stop_str_in_output")
 
 
 @dataclass(frozen=True)
@@ -49,19 +51,20 @@ class RequestMaker:
             )
         # A prompt that is there again with the same parameters draws other numbers; one with others is on its own, or
         # its draws would depend on who else is there.
-        occurrences: Counter[tuple[bytes, SamplingParams]] = Counter()
+        occurrences: Counter[tuple] = Counter()
         requests = []
         for number, i in enumerate(np.argsort(tree.order).tolist()):
             p, forced = params[number], self._forced(number, forced_tokens[number], params[number].max_tokens)
             digest = prompt_hash(tree.sequence_tokens(i))
             self._check_stops(p)
             stop_ids = frozenset(p.stop_token_ids) | (frozenset() if p.ignore_eos else self._eos_token_ids)
-            keys = [row_key(p.seed, digest, occurrences[digest, p], sample) for sample in range(p.n)]
+            asked = (digest, *_what_is_generated(p))
+            keys = [row_key(p.seed, digest, occurrences[asked], sample) for sample in range(p.n)]
             for sample, key in enumerate(keys):
                 stop_text = StopChecker(self._tokenizer, p.stop) if p.stop else None
                 requests.append(Request(number, p, stop_ids, key, forced, sample, stop_text))
             if repeats_differ:
-                occurrences[digest, p] += 1
+                occurrences[asked] += 1
         return requests
 
     def planned_lengths(
@@ -133,3 +136,8 @@ class RequestMaker:
             )
         self.check_ids(ids, f"forced_tokens of prompt {number}")
         return tuple(ids.tolist())
+
+
+def _what_is_generated(params: SamplingParams) -> tuple:
+    """All that decides about tokens, and not what is told of them: asking for more does not change them."""
+    return tuple(getattr(params, field.name) for field in fields(params) if field.name not in _TOLD)

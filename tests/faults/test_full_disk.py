@@ -32,7 +32,7 @@ class TestSharding:
         done = start(*command).finish()
         assert (done.status, done.stdout) == (2, "")
         (line,) = [line for line in done.stderr.splitlines() if "error" in line]
-        assert line.startswith(f"error: {small_disk}/shards: No space left on device; the split takes 0.00 GB; make ")
+        assert line.startswith(f"error: {small_disk}/shards: No space left on device; the split takes 1.4 MB; make ")
         assert files(small_disk) == {}
 
         make_room(small_disk)
