@@ -6,8 +6,12 @@ from typing import Annotated
 import typer
 
 from engine.attention import METHODS
+from kernels import Backend
 
 Attention = Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")]
+AttentionBackend = Annotated[
+    str | None, typer.Option(help=f"What evaluates attention: {', '.join(Backend)}. Without it: the best there is.")
+]
 CacheTokens = Annotated[
     int | None, typer.Option(min=1, help="Tokens that the KV cache has room for. Without it: what the work needs.")
 ]

@@ -21,8 +21,10 @@ from engine.rope import rope_length
 from engine.sampling import SamplingParams
 from engine.shared_levels import SharedLevels, even_parents
 from engine.tokenizer import Tokenizer
+from kernels import check_backend
 
 SHARED_CACHE_OPS = ("wipe", "preserve", "extend")
+
 
 @dataclass(frozen=True)
 class Levels:
@@ -69,7 +71,14 @@ class Engine:
         eos_token_ids: Sequence[int] = (),
         max_batch_size: int = 1024,
         tokenizer: Tokenizer | None = None,
+        attention_backend: str | None = None,
     ):
+        if attention_backend is not None:
+            weight = model.embedding.weight
+            try:
+                model.attention_backend = check_backend(attention_backend, weight.device, weight.dtype)
+            except ValueError as error:
+                raise InputError(str(error)) from None
         if max_batch_size < 1:
             raise InputError(f"max_batch_size is {max_batch_size}; accepted: 1 sequence or more; raise it")
         self.model = model

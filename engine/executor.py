@@ -11,7 +11,7 @@ from engine.kv_cache import KVCache
 from engine.model import Step, Transformer
 from engine.prefix_tree import PrefixTree
 from engine.prompt_logprobs import PromptLogprobs
-from kernels import AttentionPlan, Backend, Segment
+from kernels import AttentionPlan, Segment
 from kernels.attention import PlannedSegment
 from kernels.window import within_window
 
@@ -32,10 +32,9 @@ class Executor:
         placement: Placement,
         node_hidden: dict[int, torch.Tensor],
         cache: KVCache | None,
-        backend: Backend | None = None,
     ):
         self.model, self.method, self.tree, self.placement = model, method, tree, placement
-        self.node_hidden, self.cache, self.backend = node_hidden, cache, backend
+        self.node_hidden, self.cache = node_hidden, cache
         self.window = model.config.sliding_window
         self.device = model.embedding.weight.device
         self.dtype = model.embedding.weight.dtype
@@ -114,7 +113,8 @@ class Executor:
     def _plan(self, segments: list[Segment], q_positions: np.ndarray) -> list[PlannedSegment]:
         if self.window is not None:
             segments = [part for segment in segments for part in within_window(segment, q_positions, self.window)]
-        return [PlannedSegment(segment, self.device, self.dtype, self.backend) for segment in segments]
+        backend = self.model.attention_backend
+        return [PlannedSegment(segment, self.device, self.dtype, backend) for segment in segments]
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self.device, non_blocking=True)

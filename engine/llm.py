@@ -23,6 +23,7 @@ from engine.requests import Request
 from engine.sampling import SamplingParams
 from engine.stopping import cut_at_stop
 from engine.tokenizer import Tokenizer
+from kernels import Backend
 
 Prompt = str | Sequence[int]
 
@@ -87,6 +88,7 @@ class LLM:
         revision: of the Hub repository.
         cache_tokens: tokens that the KV cache has room for; None sizes it by the work and the memory.
         max_batch_size: sequences that run at once at most.
+        attention_backend: what evaluates attention, see ``kernels.Backend``; None takes the best for each segment.
         seed: of dummy weights.
         group: the ranks; None joins those that ``torchrun`` started.
     """
@@ -103,10 +105,13 @@ class LLM:
         revision: str | None = None,
         cache_tokens: int | None = None,
         max_batch_size: int = 1024,
+        attention_backend: str | None = None,
         seed: int = 0,
         group: TPGroup | None = None,
     ):
         get_method(attention)  # a wrong name shows before the weights are loaded
+        if attention_backend is not None and attention_backend not in list(Backend):
+            raise InputError(f"attention backend {attention_backend!r} is not known; accepted: {', '.join(Backend)}")
         if group is not None and device is not None:
             raise InputError("device and group were both given; the group has its device: leave the device out")
         self.attention = attention
@@ -124,6 +129,7 @@ class LLM:
                 eos_token_ids=self.config.eos_token_ids,
                 max_batch_size=max_batch_size,
                 tokenizer=self._tokenizer,
+                attention_backend=attention_backend,
             )
             if cache_tokens is not None:
                 self.engine.setup_caches(cache_tokens)

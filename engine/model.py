@@ -26,7 +26,7 @@ from engine.layers import (
 )
 from engine.rope import cos_sin_table
 from engine.sharding import Rule, check_world_size, fused, local_kv_heads, split, split_kv_heads
-from kernels import AttentionPlan
+from kernels import AttentionPlan, Backend
 from kernels.rotary import apply_rotary_, rotate_into_cache_
 from kernels.swiglu import swiglu
 
@@ -156,6 +156,7 @@ class Transformer(nn.Module):
         self.config = config
         self.group = group
         self.prefill_chunk = prefill_chunk
+        self.attention_backend: Backend | None = None  # what evaluates attention; None: the best for each segment
         vocab_shape = (config.vocab_size, config.hidden_size)
         self.embedding = VocabParallelEmbedding("model.embed_tokens.weight", vocab_shape, group)
         self.layers = nn.ModuleList(Layer(config, index, group) for index in range(config.num_layers))

@@ -1,7 +1,7 @@
 """Attention over segments of keys, its exact merge, and the operations around it. Knows nothing of models or caches."""
 
-from kernels.attention import AttentionPlan, Backend, available_backends
+from kernels.attention import AttentionPlan, Backend, available_backends, check_backend
 from kernels.merge import merge_states
 from kernels.segment import Segment
 
-__all__ = ["AttentionPlan", "Backend", "Segment", "available_backends", "merge_states"]
+__all__ = ["AttentionPlan", "Backend", "Segment", "available_backends", "check_backend", "merge_states"]

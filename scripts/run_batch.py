@@ -39,6 +39,7 @@ def run_batch(
         int, typer.Option(min=1, help="Memory in MiB that these may take at most, beside the KV cache, roughly.")
     ] = 1024,
     attention: options.Attention = "hydragen",
+    attention_backend: options.AttentionBackend = None,
     tp_dir: options.TpDir = None,
     load_format: options.LoadFormat = "auto",
     dtype: options.Dtype = "auto",
@@ -79,6 +80,7 @@ def run_batch(
                     tp_dir=tp_dir,
                     dtype=dtype,
                     attention=attention,
+                    attention_backend=attention_backend,
                     load_format=load_format,
                     revision=revision,
                     cache_tokens=cache_tokens,

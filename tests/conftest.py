@@ -1,8 +1,14 @@
+import os
+
 import pytest
 import torch
-from checkpoints import save_tiny
 
-from engine import LLM
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, which transformers does
+
+from checkpoints import save_tiny  # noqa: E402
+
+from engine import LLM  # noqa: E402
 
 
 def pytest_configure(config):

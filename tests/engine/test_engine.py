@@ -14,6 +14,7 @@ from engine.engine import Engine, Levels
 from engine.errors import InputError
 from engine.prefix_tree import build_from_prompts
 from engine.sampling import SamplingParams
+from kernels import available_backends
 
 METHODS = ["hydragen", "hydragen_noshared"]
 VOCAB_SIZE = 67
@@ -51,6 +52,23 @@ def check(hf, prompts, results):
         logits = whole.logits[len(prompt) - 1 : -1]
         assert_close(torch.stack(r.logits), logits)
         assert r.token_ids == logits.argmax(-1).tolist()
+
+
+# --- attention backends ---
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("backend", available_backends(torch.device("cpu"), torch.float32), ids=str)
+def test_every_backend_gives_the_same_logits(hf, method, backend):
+    engine = our_engine(hf, attention_backend=backend)
+    assert engine.model.attention_backend == backend
+    check(hf, WHOLE, engine.generate(LEVELS, GREEDY, attention=method, return_logits=True))
+
+
+@pytest.mark.parametrize("backend", ["aten_cuda", "flash"])
+def test_a_backend_that_does_not_run_here(hf, backend):
+    with pytest.raises(InputError, match=f"'{backend}' cannot run float32 on cpu; accepted: .*aten_cpu.*; use one of"):
+        our_engine(hf, attention_backend=backend)
 
 
 # --- kept levels ---
