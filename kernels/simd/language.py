@@ -1,88 +1,20 @@
-"""Vector code for the CPU at hand, written in Python and compiled by LLVM (the llvmlite wheel; no toolchain needed).
-
-A ``Kernel`` records vector code and loops as they are written down in Python; Python's own loops unroll. Compiled, it
-runs on the threads of PyTorch's own OpenMP pool (a second pool would fight it for the cores: OpenMP's idle threads
-spin), which claim tasks one by one.
-
-``host()`` is None where this does not work: another architecture than x86-64 with AVX2, no llvmlite, no OpenMP.
+"""The language of the kernels: vector code and loops are recorded as they are written down in Python, whose own loops
+unroll.
 """
 
-import ctypes
 import math
-import struct
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
-import numpy as np
 import torch
 
+from kernels.simd.compiled import NUM_HIDDEN, CompiledKernel
+from kernels.simd.target import Target
+
 try:
-    import llvmlite
-    import llvmlite.binding as llvm
     import llvmlite.ir as ir
-except ImportError:  # an optional wheel: the callers do without this module's kernels
-    llvm = ir = None
-
-
-@dataclass(frozen=True)
-class Target:
-    """What kernels are compiled for."""
-
-    cpu: str  # LLVM's name
-    features: str  # LLVM's, comma-separated
-    lanes: int  # 32-bit lanes of a vector register
-    num_registers: int
-    has_bf16_pairs: bool  # an instruction that multiplies pairs of bfloat16 and adds both products to a float32
-
-    @classmethod
-    def avx2(cls) -> "Target":
-        """Any x86-64 with AVX2, FMA and F16C."""
-        return cls("x86-64-v3", "", lanes=8, num_registers=16, has_bf16_pairs=False)
-
-
-@cache
-def host() -> Target | None:
-    """This machine, or None when kernels cannot be compiled for it or run on it."""
-    if llvm is None or _fork_join() is None or not llvm.get_process_triple().startswith("x86_64"):
-        return None
-    if llvm.llvm_version_info < _MIN_LLVM:
-        warnings.warn(
-            f"llvmlite {llvmlite.__version__} is too old for the CPU kernels, which need 0.46 or newer; PyTorch's own "
-            "are used instead, which are slower",
-            stacklevel=2,
-        )
-        return None
-    features = llvm.get_host_cpu_features()
-    if not all(features.get(name) for name in ("avx2", "fma", "f16c")):
-        return None
-    if not all(features.get(name) for name in ("avx512f", "avx512bw", "avx512dq", "avx512vl")):
-        return Target.avx2()
-    # LLVM splits 512-bit vectors in two on CPUs whose clock once fell when they were used.
-    return Target(
-        llvm.get_host_cpu_name(),
-        features.flatten() + ",-prefer-256-bit",
-        lanes=16,
-        num_registers=32,
-        has_bf16_pairs=features.get("avx512bf16", False),
-    )
-
-
-@cache
-def _fork_join() -> Callable | None:
-    """libgomp's entry into a parallel region, as the PyTorch in this process is linked with it."""
-    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    try:
-        function = ctypes.CDLL(str(path)).GOMP_parallel
-    except (OSError, AttributeError):
-        return None
-    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    function.restype = None
-    return function
-
+except ImportError:
+    ir = None
 
 if ir is not None:
     I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -102,14 +34,6 @@ if ir is not None:
     BF16 = _BFloatType()
     FLOATS = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
     _NUM_BYTES = {I16: 2, I32: 4, I64: 8, F16: 2, F32: 4, F64: 8, BF16: 2}
-
-_MIN_LLVM = (20, 0, 0)  # whose addresses have no types
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-# Before the caller's arguments go the counter that hands out tasks, their number, and how many it hands out at once.
-_NUM_HIDDEN = 3
-# Enough that threads end together, and few enough that they do not wait for each other at the counter.
-_CLAIMS_PER_THREAD = 16
 
 Number = "Value | int | float"
 
@@ -343,7 +267,7 @@ class Kernel:
         return Value(self, ir.Constant(ir.VectorType(I32, self.lanes), list(range(self.lanes))))
 
     def integer(self, argument: int) -> Value:
-        return self._arguments[_NUM_HIDDEN + argument]
+        return self._arguments[NUM_HIDDEN + argument]
 
     @property
     def num_tasks(self) -> Value:
@@ -352,7 +276,7 @@ class Kernel:
 
     def real(self, argument: int) -> Value:
         """A float argument, as float32."""
-        return self._arguments.of(F64)[_NUM_HIDDEN + argument].convert(F32)
+        return self._arguments.of(F64)[NUM_HIDDEN + argument].convert(F32)
 
     def pointer(self, argument: int, element: "ir.Type") -> Pointer:
         """A tensor argument: the address of its first element."""
@@ -519,9 +443,9 @@ class Kernel:
         builder.branch(claim)
         builder.position_at_end(done)
 
-    def compile(self) -> "CompiledKernel":
+    def compile(self) -> CompiledKernel:
         self.builder.ret_void()
-        return CompiledKernel(self)
+        return CompiledKernel(self.name, self.target, str(self.module))
 
 
 class Variable:
@@ -538,57 +462,3 @@ class Variable:
     @value.setter
     def value(self, value: Value) -> None:
         self._cell[0] = value
-
-
-class CompiledKernel:
-    """Machine code, kept as long as this object."""
-
-    def __init__(self, kernel: Kernel):
-        llvm.initialize_native_target()
-        llvm.initialize_native_asmprinter()
-        machine = llvm.Target.from_default_triple().create_target_machine(
-            cpu=kernel.target.cpu, features=kernel.target.features, opt=3, jit=True
-        )
-        module = llvm.parse_assembly(str(kernel.module))
-        tuning = llvm.PipelineTuningOptions(3)
-        # The kernels say themselves what is vectorised and unrolled.
-        tuning.loop_vectorization = tuning.slp_vectorization = tuning.loop_unrolling = False
-        passes = llvm.create_pass_builder(machine, tuning)
-        passes.getModulePassManager().run(module, passes)
-        self._engine = llvm.create_mcjit_compiler(module, machine)
-        self._engine.finalize_object()
-        self._address = self._engine.get_function_address(kernel.name)
-
-    def launch(self, num_tasks: int, *arguments: torch.Tensor | np.ndarray | int | float) -> None:
-        """Runs the tasks on as many threads as PyTorch uses. Arrays and tensors are passed by address."""
-        num_threads = min(torch.get_num_threads(), num_tasks)
-        if num_threads == 0:
-            return
-        counter = ctypes.c_int64(0)
-        at_once = max(1, num_tasks // (_CLAIMS_PER_THREAD * num_threads))
-        packed = (ctypes.c_int64 * (_NUM_HIDDEN + len(arguments)))(
-            ctypes.addressof(counter), num_tasks, at_once, *[x if type(x) is int else _pack(x) for x in arguments]
-        )
-        _fork_join()(self._address, packed, num_threads, 0)
-
-
-def split_rows(num_rows: int) -> tuple[int, int]:
-    """``(tasks, rows of each)``: a few tasks a thread, so that one that is held up does not hold up all."""
-    rows_per_task = max(1, -(-num_rows // (4 * torch.get_num_threads())))
-    return -(-num_rows // rows_per_task), rows_per_task
-
-
-def runs(x: torch.Tensor, *others: torch.Tensor) -> bool:
-    """Whether kernels can run here on ``x``, floats on a CPU whose last dimension is contiguous, and on ``others``,
-    which must be alike in that."""
-    if not (x.is_cpu and x.dtype in _DTYPES and x.stride(-1) == 1 and host() is not None):
-        return False
-    return all(y.dtype == x.dtype and y.stride(-1) == 1 and y.is_cpu for y in others)
-
-
-def _pack(argument: torch.Tensor | np.ndarray | float) -> int:
-    if isinstance(argument, torch.Tensor):
-        return argument.data_ptr()
-    if isinstance(argument, float):
-        return struct.unpack("q", struct.pack("d", argument))[0]
-    return argument.ctypes.data
