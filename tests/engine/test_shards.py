@@ -285,7 +285,8 @@ class TestStopped:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         stop_after(monkeypatch, count, stop)
-        with pytest.raises(InputError, match=r"No space left on device; the split takes \d\.\d MB; make room") as caught:
+        message = r"No space left on device; the split takes \d\.\d MB; make room"
+        with pytest.raises(InputError, match=message) as caught:
             split(hf_folder, tmp_path / "new")
         assert "\n" not in str(caught.value)
         assert list((tmp_path / "new").iterdir()) == []

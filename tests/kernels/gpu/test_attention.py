@@ -128,6 +128,19 @@ def test_scores_of_any_size(scale):
     torch.testing.assert_close(out.double().cpu(), expected[0], atol=error, rtol=error)
 
 
+@pytest.mark.slow  # ten seconds in the interpreter
+def test_200_thousand_keys_of_one_query():
+    segment, arena = make_segment([1], [200_000], True)
+    check(segment, make_inputs(segment, arena, 2, 1, 16, torch.float32))
+
+
+@pytest.mark.slow  # a minute in the interpreter
+def test_4096_rows():
+    lens = np.random.default_rng(0).integers(0, 9, 4096)
+    segment, arena = make_segment([1] * 4096, lens, True)
+    check(segment, make_inputs(segment, arena, 2, 1, 16, torch.float32))
+
+
 class TestSplitKeys:
     def num_parts(self, q_lens, k_lens, heads):
         segment, arena = make_segment(q_lens, k_lens, True)
