@@ -61,7 +61,7 @@ def test_logits_of_several_ranks_are_those_of_transformers(family, size):
     run_ranks(size, work)
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("family", BY_LENGTH)
 def test_rope_goes_by_the_planned_length(family, size):
     """Some prompts stay within the original length of 32, some are planned beyond it, to equal and other lengths."""
