@@ -1,6 +1,7 @@
 """Attention over segments of keys, its exact merge, and the operations around it. Knows nothing of models or caches."""
 
-from kernels.attention import AttentionPlan, Backend, available_backends, check_backend
+from kernels.attention import AttentionPlan, available_backends, check_backend
+from kernels.backend import Backend
 from kernels.merge import merge_states
 from kernels.segment import Segment
 

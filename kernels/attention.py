@@ -6,15 +6,12 @@ keys, values and queries of one layer and merges the segments' states.
 Shapes: T queries, S keys of the arena, Hq query heads, Hkv KV heads, D head dimension.
 """
 
-import os
 from collections.abc import Sequence
-from enum import StrEnum
-from functools import cache
-from importlib.util import find_spec
 
 import torch
 
 from kernels import attention_aten, attention_cuda, attention_simd, reference, simd
+from kernels.backend import Backend, triton_runs
 from kernels.merge import merge_states
 from kernels.segment import Segment
 
@@ -23,35 +20,18 @@ _AMX_QUERIES = 16
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-class Backend(StrEnum):
-    """What evaluates a segment."""
-
-    SIMD_CPU = "simd_cpu"  # vector code compiled for the CPU at hand
-    ATEN_CPU = "aten_cpu"  # torch's flash attention for CPU
-    ATEN_CUDA = "aten_cuda"  # torch's FlashAttention-2 with sequence tables
-    TRITON = "triton"  # our own on CUDA; not measured yet
-    REFERENCE = "reference"  # plain PyTorch, any device and dtype; slow
-
-
 def available_backends(device: torch.device, dtype: torch.dtype) -> tuple[Backend, ...]:
     """The backends that can run on ``device`` in ``dtype``, best first."""
     found: list[Backend] = []
     if device.type == "cpu" and dtype in attention_aten.DTYPES:
         if simd.host() and dtype in attention_simd.DTYPES:
-            found.append(Backend.SIMD_CPU)
-        found.append(Backend.ATEN_CPU)
+            found.append(Backend.SIMD)
+        found.append(Backend.ATEN)
     if device.type == "cuda" and dtype in attention_cuda.DTYPES:
-        found.append(Backend.ATEN_CUDA)
-    if _has_triton(device.type) and dtype in _TRITON_DTYPES:
+        found.append(Backend.ATEN)
+    if triton_runs(device) and dtype in _TRITON_DTYPES:
         found.append(Backend.TRITON)
     return (*found, Backend.REFERENCE)
-
-
-@cache
-def _has_triton(device_type: str) -> bool:
-    """Whether its kernels run there: on CUDA, and by its interpreter, which is for tests, anywhere."""
-    runs = device_type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    return runs and find_spec("triton") is not None
 
 
 def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> Backend:
@@ -70,9 +50,9 @@ def default_backend(segment: Segment, device: torch.device, dtype: torch.dtype) 
     """The first that is available; but where ATen multiplies with AMX, which ours do not use, it has the segments of
     many queries a row."""
     first = available_backends(device, dtype)[0]
-    if first == Backend.SIMD_CPU and attention_aten.has_amx(dtype):
+    if first == Backend.SIMD and attention_aten.has_amx(dtype):
         if segment.num_queries >= _AMX_QUERIES * max(1, segment.num_rows):
-            return Backend.ATEN_CPU
+            return Backend.ATEN
     return first
 
 
@@ -85,6 +65,10 @@ class _ReferenceSegment:
     def run(self, q_THD, k_SHD, v_SHD, scale):
         out, lse = reference.segment_attention(q_THD.float(), k_SHD.float(), v_SHD.float(), self.segment, scale)
         return out, lse
+
+
+def _aten_segment(segment: Segment, device: torch.device):
+    return attention_aten.AtenSegment(segment) if device.type == "cpu" else attention_cuda.CudaSegment(segment, device)
 
 
 def _triton_segment(segment: Segment, device: torch.device):
@@ -103,9 +87,8 @@ class PlannedSegment:
             self.backend = check_backend(backend, device, dtype)
         self.num_queries = segment.num_queries
         make = {
-            Backend.SIMD_CPU: attention_simd.SimdSegment,
-            Backend.ATEN_CPU: attention_aten.AtenSegment,
-            Backend.ATEN_CUDA: lambda s: attention_cuda.CudaSegment(s, device),
+            Backend.SIMD: attention_simd.SimdSegment,
+            Backend.ATEN: lambda s: _aten_segment(s, device),
             Backend.TRITON: lambda s: _triton_segment(s, device),
             Backend.REFERENCE: _ReferenceSegment,
         }
@@ -123,7 +106,7 @@ class PlannedSegment:
 
         Merged with ``state``, one over other keys, where that is given: its tensors are then used up.
         """
-        if state is not None and self.backend == Backend.SIMD_CPU:
+        if state is not None and self.backend == Backend.SIMD:
             return self.impl.run(q_THD, k_SHD, v_SHD, scale, state)
         own = self.impl.run(q_THD, k_SHD, v_SHD, scale)
         return own if state is None else merge_states(*state, *own)

@@ -344,7 +344,7 @@ class _Runner:
         point.matmul_alone_ms.append(matmul_alone_ms(self._model, batch_size, device))
         point.prefix_alone_ms.append(prefix_alone_ms(self._model, batch_size, point.num_shared, device))
         if device.type == "cpu":
-            aten_ms = prefix_alone_ms(self._model, batch_size, point.num_shared, device, Backend.ATEN_CPU)
+            aten_ms = prefix_alone_ms(self._model, batch_size, point.num_shared, device, Backend.ATEN)
             point.prefix_aten_ms.append(aten_ms)
 
 

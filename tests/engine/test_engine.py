@@ -65,10 +65,9 @@ def test_every_backend_gives_the_same_logits(hf, method, backend):
     check(hf, WHOLE, engine.generate(LEVELS, GREEDY, attention=method, return_logits=True))
 
 
-@pytest.mark.parametrize("backend", ["aten_cuda", "flash"])
-def test_a_backend_that_does_not_run_here(hf, backend):
-    with pytest.raises(InputError, match=f"'{backend}' cannot run float32 on cpu; accepted: .*aten_cpu.*; use one of"):
-        our_engine(hf, attention_backend=backend)
+def test_a_backend_that_is_not_known(hf):
+    with pytest.raises(InputError, match="'flash' cannot run float32 on cpu; accepted: .*aten.*; use one of"):
+        our_engine(hf, attention_backend="flash")
 
 
 # --- kept levels ---

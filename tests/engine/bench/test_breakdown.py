@@ -226,7 +226,7 @@ def fakes(monkeypatch):
     monkeypatch.setattr(breakdown, "EngineMode", engine_mode)
     monkeypatch.setattr(breakdown, "make_mode", lambda name, *args: FakeMode(name))
     monkeypatch.setattr(breakdown, "matmul_alone_ms", lambda *args: log.append("alone") or 10.0)
-    monkeypatch.setattr(breakdown, "prefix_alone_ms", lambda *args: 90.0 if "aten_cpu" in args else 20.0)
+    monkeypatch.setattr(breakdown, "prefix_alone_ms", lambda *args: 90.0 if "aten" in args else 20.0)
     monkeypatch.setattr(breakdown, "read_gbs", lambda *args: next(rates))
     monkeypatch.setattr("engine.bench.timing.time", clock)
     return fakes
