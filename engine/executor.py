@@ -11,8 +11,7 @@ from engine.kv_cache import KVCache
 from engine.model import Step, Transformer
 from engine.prefix_tree import PrefixTree
 from engine.prompt_logprobs import PromptLogprobs
-from kernels import AttentionPlan, Segment
-from kernels.attention import PlannedSegment
+from kernels import AttentionPlan, Planner, Segment
 from kernels.window import within_window
 
 
@@ -40,7 +39,8 @@ class Executor:
         self.dtype = model.embedding.weight.dtype
         self._active = np.empty(0, dtype=np.int64)
         self._paths = np.empty((0, 0), dtype=np.int64)  # (A, R) of the active ones
-        self._shared_plan: list[PlannedSegment] = []
+        self._shared_segments: list[Segment] = []
+        self._planner = Planner(self.device, self.dtype, model.attention_backend)
 
     def prefill(self, sequences: np.ndarray, prompt_logprobs: PromptLogprobs | None = None) -> torch.Tensor:
         """``(R, hidden)``: the hidden state that the first new token of each of ``sequences`` (R,) is chosen from.
@@ -85,10 +85,9 @@ class Executor:
         own_lens = self.tree.table.suffix_length[active] + num_generated
         runs = self._suffix_runs(active, self._paths, np.ones_like(active), own_lens)
         positions = runs.positions + own_lens - 1
-        if self.window is not None or not is_same:  # a window moves with every step
-            shared_segments = self.method.shared_segments(self.tree, self.placement, runs)
-            self._shared_plan = self._plan(shared_segments, positions)
-        plan = AttentionPlan(self._plan(self.method.own_segments(runs), positions) + self._shared_plan)
+        if not is_same:
+            self._shared_segments = self.method.shared_segments(self.tree, self.placement, runs)
+        plan = self._plan(self.method.own_segments(runs) + self._shared_segments, positions)
         slots = runs.own_starts + own_lens - 1
         step = Step(tokens, self._tensor(positions), self._tensor(slots) if self.cache else None, None)
         return self.model(step, plan, self.cache)
@@ -107,14 +106,13 @@ class Executor:
             self._tensor(slots) if self.cache else None,
             self._tensor(np.flatnonzero(wanted)),
         )
-        hidden = self.model(step, AttentionPlan(self._plan(segments, positions)), self.cache)
+        hidden = self.model(step, self._plan(segments, positions), self.cache)
         return list(hidden.split(np.diff(np.flatnonzero(is_last[wanted]), prepend=-1).tolist()))
 
-    def _plan(self, segments: list[Segment], q_positions: np.ndarray) -> list[PlannedSegment]:
+    def _plan(self, segments: list[Segment], q_positions: np.ndarray) -> AttentionPlan:
         if self.window is not None:
             segments = [part for segment in segments for part in within_window(segment, q_positions, self.window)]
-        backend = self.model.attention_backend
-        return [PlannedSegment(segment, self.device, self.dtype, backend) for segment in segments]
+        return self._planner.plan(segments)
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self.device, non_blocking=True)

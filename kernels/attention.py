@@ -1,13 +1,16 @@
 """Evaluate a list of segments: plan once, run in every layer.
 
-A backend turns a ``Segment`` into calls of its own once, when the plan is made; ``run`` evaluates them with the
-keys, values and queries of one layer and merges the segments' states.
+A backend turns segments into calls of its own once, when the plan is made; ``run`` evaluates them with the keys,
+values and queries of one layer and merges the segments' states. Segments whose rows hold the same queries are joined
+where the backend can: their keys are then so many more ranges of a row's, read in one call, and nothing is merged.
 
 Shapes: T queries, S keys of the arena, Hq query heads, Hkv KV heads, D head dimension.
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
+import numpy as np
 import torch
 
 from kernels import attention_aten, attention_cuda, attention_simd, reference, simd
@@ -56,78 +59,122 @@ def default_backend(segment: Segment, device: torch.device, dtype: torch.dtype) 
     return first
 
 
-class _ReferenceSegment:
-    """The reference, behind the interface of the planned segments."""
+State = tuple[torch.Tensor, torch.Tensor]
 
+
+class Evaluation(Protocol):
+    """Segments as a backend has planned them, for as long as their rows and lengths hold."""
+
+    def run(
+        self, q_THD: torch.Tensor, k_SHD: torch.Tensor, v_SHD: torch.Tensor, scale: float, state: State | None = None
+    ) -> State:
+        """The segments' state: ``out (T, Hq, D)``, ``lse (T, Hq)`` float32, natural log.
+
+        Merged with ``state``, one over other keys, where that is given: its tensors are then used up.
+        """
+
+
+class _ReferenceSegment:
     def __init__(self, segment: Segment):
         self.segment = segment
 
     def run(self, q_THD, k_SHD, v_SHD, scale):
-        out, lse = reference.segment_attention(q_THD.float(), k_SHD.float(), v_SHD.float(), self.segment, scale)
-        return out, lse
+        return reference.segment_attention(q_THD.float(), k_SHD.float(), v_SHD.float(), self.segment, scale)
 
 
-def _aten_segment(segment: Segment, device: torch.device):
-    return attention_aten.AtenSegment(segment) if device.type == "cpu" else attention_cuda.CudaSegment(segment, device)
+class _OneByOne:
+    """For backends that know one range of keys a row."""
+
+    def __init__(self, segments: Sequence):
+        self.segments = segments
+
+    def run(self, q_THD, k_SHD, v_SHD, scale, state=None):
+        for segment in self.segments:
+            own = segment.run(q_THD, k_SHD, v_SHD, scale)
+            state = own if state is None else merge_states(*state, *own)
+        return state
 
 
-def _triton_segment(segment: Segment, device: torch.device):
-    from kernels.gpu.attention import TritonSegment  # here, as Triton takes long to import
+def _evaluation(segments: Sequence[Segment], device: torch.device, backend: Backend) -> Evaluation:
+    if backend == Backend.SIMD:
+        return attention_simd.SimdPlan(segments)
+    if backend == Backend.TRITON:
+        from kernels.gpu.attention import TritonPlan  # here, as Triton takes long to import
 
-    return TritonSegment(segment, device)
-
-
-class PlannedSegment:
-    """One segment, planned for a backend. Immutable: keep it as long as its rows and lengths hold."""
-
-    def __init__(self, segment: Segment, device: torch.device, dtype: torch.dtype, backend: Backend | None = None):
-        if backend is None:
-            self.backend = default_backend(segment, device, dtype)
-        else:
-            self.backend = check_backend(backend, device, dtype)
-        self.num_queries = segment.num_queries
-        make = {
-            Backend.SIMD: attention_simd.SimdSegment,
-            Backend.ATEN: lambda s: _aten_segment(s, device),
-            Backend.TRITON: lambda s: _triton_segment(s, device),
-            Backend.REFERENCE: _ReferenceSegment,
-        }
-        self.impl = make[self.backend](segment)
-
-    def run(
-        self,
-        q_THD: torch.Tensor,
-        k_SHD: torch.Tensor,
-        v_SHD: torch.Tensor,
-        scale: float,
-        state: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The segment's state: ``out (T, Hq, D)``, ``lse (T, Hq)`` float32, natural log.
-
-        Merged with ``state``, one over other keys, where that is given: its tensors are then used up.
-        """
-        if state is not None and self.backend == Backend.SIMD:
-            return self.impl.run(q_THD, k_SHD, v_SHD, scale, state)
-        own = self.impl.run(q_THD, k_SHD, v_SHD, scale)
-        return own if state is None else merge_states(*state, *own)
+        return TritonPlan(segments, device)
+    if backend == Backend.REFERENCE:
+        return _OneByOne([_ReferenceSegment(segment) for segment in segments])
+    if device.type == "cuda":
+        return _OneByOne([attention_cuda.CudaSegment(segment, device) for segment in segments])
+    return _OneByOne([attention_aten.AtenSegment(segment) for segment in segments])
 
 
 class AttentionPlan:
     """The attention of one forward pass: the segments' states, merged. No segments: the queries pass through."""
 
-    def __init__(self, segments: Sequence[PlannedSegment]):
-        self.segments = tuple(segments)
-        assert len({s.num_queries for s in self.segments}) <= 1, "segments of one plan cover the same queries"
+    def __init__(self, evaluations: Sequence[tuple[Backend, Evaluation]] = ()):
+        self.backends = tuple(backend for backend, _ in evaluations)
+        self.evaluations = tuple(evaluation for _, evaluation in evaluations)
+
+    @classmethod
+    def of(
+        cls, segments: Sequence[Segment], device: torch.device, dtype: torch.dtype, backend: Backend | None = None
+    ) -> "AttentionPlan":
+        """For one use. ``Planner`` makes plans that follow each other."""
+        return Planner(device, dtype, backend).plan(segments)
 
     def run(self, q_THD: torch.Tensor, k_SHD: torch.Tensor, v_SHD: torch.Tensor, scale: float) -> torch.Tensor:
         """``(T, Hq, D)`` in the queries' dtype."""
-        if not self.segments:
+        if not self.evaluations:
             return q_THD
-        if all(segment.backend == Backend.TRITON for segment in self.segments):
-            from kernels.gpu.attention import run_merged
+        return self.run_state(q_THD, k_SHD, v_SHD, scale)[0].to(q_THD.dtype)
 
-            return run_merged([segment.impl for segment in self.segments], q_THD, k_SHD, v_SHD, scale)[0]
+    def run_state(self, q_THD: torch.Tensor, k_SHD: torch.Tensor, v_SHD: torch.Tensor, scale: float) -> State:
+        """``out (T, Hq, D)``, in float32 or the queries' dtype, and ``lse (T, Hq)``, of a plan that has segments."""
         state = None
-        for segment in self.segments:
-            state = segment.run(q_THD, k_SHD, v_SHD, scale, state)
-        return state[0].to(q_THD.dtype)
+        for evaluation in self.evaluations:
+            state = evaluation.run(q_THD, k_SHD, v_SHD, scale, state)
+        return state
+
+
+class Planner:
+    """Plans lists of segments, for a device, a dtype, and a backend where one is wanted.
+
+    Raises ValueError for a backend that cannot run there. Segments that the last plan had too (the same objects) are
+    not planned anew.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, backend: Backend | None = None):
+        self._device, self._dtype = device, dtype
+        self._backend = None if backend is None else check_backend(backend, device, dtype)
+        self._last: list[tuple[list[Segment], tuple[Backend, Evaluation]]] = []
+
+    def plan(self, segments: Sequence[Segment]) -> AttentionPlan:
+        """All segments cover the same queries. Those of equal rows are joined."""
+        assert len({segment.num_queries for segment in segments}) <= 1, "segments of one plan cover the same queries"
+        planned = [(group, self._planned(group)) for group in self._groups(segments)]
+        self._last = planned
+        return AttentionPlan([evaluation for _, evaluation in planned])
+
+    def _planned(self, group: list[Segment]) -> tuple[Backend, Evaluation]:
+        for known, evaluation in self._last:
+            if len(known) == len(group) and all(a is b for a, b in zip(known, group, strict=True)):
+                return evaluation
+        backend = self._backend_of(group[0])
+        return backend, _evaluation(group, self._device, backend)
+
+    def _groups(self, segments: Sequence[Segment]) -> list[list[Segment]]:
+        """One for each set of rows, which decides about the backend; by Triton, one for all: it has tiles, not rows."""
+        if segments and self._backend_of(segments[0]) == Backend.TRITON:
+            return [list(segments)]
+        groups: list[list[Segment]] = []
+        for segment in segments:
+            alike = (g for g in groups if np.array_equal(g[0].q_offsets, segment.q_offsets))
+            if (group := next(alike, None)) is not None:
+                group.append(segment)
+            else:
+                groups.append([segment])
+        return groups
+
+    def _backend_of(self, segment: Segment) -> Backend:
+        return self._backend or default_backend(segment, self._device, self._dtype)

@@ -4,6 +4,7 @@ Shapes: T queries, S keys of the arena, Hq query heads, Hkv KV heads, G = Hq // 
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -27,11 +28,14 @@ _TASKS_PER_THREAD = 4
 _LOG2_E = math.log2(math.e)
 
 
-class SimdSegment:
-    """A segment as tables of tasks, made when the first layer tells the head counts."""
+class SimdPlan:
+    """Segments whose rows hold the same queries, as tables of tasks, made when the first layer tells the head counts.
 
-    def __init__(self, segment: Segment, target: Target | None = None):
-        self.segment = segment
+    A task takes the keys of its row in all of the segments, one after the other.
+    """
+
+    def __init__(self, segments: Sequence[Segment], target: Target | None = None):
+        self.segments = tuple(segments)
         self.target = target or simd.host()
         self._tables: dict[tuple[int, int, int], _Table] = {}
 
@@ -55,7 +59,7 @@ class SimdSegment:
         compiled(self.target, q_THD.dtype, D, table.tile_rows, table.num_tiles, table.max_rows).launch(
             *(table.num_tasks, table.tasks_address, q_THD, k_SHD, v_SHD, out, lse, int(merges)),
             *(q_THD.stride(0), k_stride, v_stride, k_head_stride, v_head_stride, Hq // Hkv, Hq),
-            scale * _LOG2_E,
+            *(len(self.segments), scale * _LOG2_E),
         )
         if table.num_parts == 1:
             return (out, lse) if merges or state is None else merge_states(*state, out, lse)
@@ -68,7 +72,7 @@ class SimdSegment:
     def _table(self, num_kv_heads: int, group: int) -> "_Table":
         key = (num_kv_heads, group, torch.get_num_threads())
         if key not in self._tables:
-            self._tables[key] = _Table(self.segment, *key)
+            self._tables[key] = _Table(self.segments, *key)
         return self._tables[key]
 
 
@@ -77,34 +81,39 @@ def _is_plain(x: torch.Tensor) -> bool:
 
 
 class _Table:
-    """The tasks of a segment for given head counts, most work first, and the tile that suits them."""
+    """The tasks of segments for given head counts, most work first, and the tile that suits them."""
 
-    def __init__(self, segment: Segment, num_kv_heads: int, group: int, num_threads: int):
-        q_lens = np.diff(segment.q_offsets)
+    def __init__(self, segments: Sequence[Segment], num_kv_heads: int, group: int, num_threads: int):
+        q_offsets = segments[0].q_offsets
+        q_lens = np.diff(q_offsets)
         queries_per_task = max(1, _MAX_ROWS // group)
         self.max_rows = max(_MAX_ROWS, group)  # a query's heads of one group stay together, however many
         row, first = _cut(q_lens, queries_per_task)
-        q_len, num_keys = q_lens[row], segment.k_lens[row]
-        num_queries = np.minimum(queries_per_task, q_len - first)
-        query = segment.q_offsets[row] + first
-        # Bottom-right: the row's last query sees all of its keys.
-        visible = num_keys - (q_len - 1 - first) if segment.causal else num_keys
+        num_queries = np.minimum(queries_per_task, q_lens[row] - first)
+        query = q_offsets[row] + first
 
-        self.num_parts = _num_parts(len(row) * num_kv_heads, int(num_keys.max(initial=0)), num_threads)
+        num_keys = sum(segment.k_lens for segment in segments)
+        self.num_parts = _num_parts(len(row) * num_kv_heads, int(num_keys[row].max(initial=0)), num_threads)
         part = np.arange(self.num_parts)[:, None, None]
-        part_len = -(-num_keys // self.num_parts)
-        skipped = np.minimum(part * part_len, num_keys)
-        tasks = np.empty((self.num_parts, num_kv_heads, len(row), Task.COUNT), dtype=np.int64)
-        tasks[..., Task.QUERY] = query
-        tasks[..., Task.NUM_QUERIES] = num_queries
-        tasks[..., Task.HEAD] = np.arange(num_kv_heads)[:, None]
-        tasks[..., Task.KEY] = segment.k_starts[row] + skipped
-        tasks[..., Task.NUM_KEYS] = part_keys = np.minimum(part_len, num_keys - skipped)
-        tasks[..., Task.VISIBLE] = visible - skipped
-        tasks[..., Task.VISIBLE_STEP] = int(segment.causal)
-        tasks[..., Task.OUT_ROW] = part * segment.num_queries + query
-        work = np.broadcast_to(part_keys * (num_queries * group + _MEMORY_BOUND_ROWS), tasks.shape[:-1])
-        self.tasks = tasks.reshape(-1, Task.COUNT)[np.argsort(-work.ravel(), kind="stable")]
+        tasks = np.empty((self.num_parts, num_kv_heads, len(row), len(segments), Task.COUNT), dtype=np.int64)
+        tasks[..., Task.QUERY] = query[:, None]
+        tasks[..., Task.NUM_QUERIES] = num_queries[:, None]
+        tasks[..., Task.HEAD] = np.arange(num_kv_heads)[:, None, None]
+        tasks[..., Task.OUT_ROW] = (part * segments[0].num_queries + query)[..., None]
+        for number, segment in enumerate(segments):  # each part takes its share of every range
+            own = tasks[..., number, :]
+            k_len = segment.k_lens[row]
+            # Bottom-right: the row's last query sees all of its keys.
+            visible = k_len - (q_lens[row] - 1 - first) if segment.causal else k_len
+            part_len = -(-k_len // self.num_parts)
+            skipped = np.minimum(part * part_len, k_len)
+            own[..., Task.KEY] = segment.k_starts[row] + skipped
+            own[..., Task.NUM_KEYS] = np.minimum(part_len, k_len - skipped)
+            own[..., Task.VISIBLE] = visible - skipped
+            own[..., Task.VISIBLE_STEP] = int(segment.causal)
+        work = tasks[..., Task.NUM_KEYS].sum(-1) * (num_queries * group + _MEMORY_BOUND_ROWS)
+        by_work = np.argsort(-work.ravel(), kind="stable")
+        self.tasks = tasks.reshape(-1, len(segments), Task.COUNT)[by_work]
         self.num_tasks, self.tasks_address = len(self.tasks), self.tasks.ctypes.data
 
         num_rows = int(num_queries.max(initial=1)) * group

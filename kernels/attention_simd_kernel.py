@@ -1,8 +1,9 @@
 """The kernel of our own CPU attention: FlashAttention-2's loop (arXiv:2307.08691) over a table of tasks.
 
-A task is some queries of one row and one KV head against the row's keys. Its query heads of one group are so many more
-rows of the same products, so keys are read once for all of them. Keys and values pass in blocks that fit the nearest
-cache, where keys are laid down transposed; scores of ``R`` rows by a few vectors of keys stay in registers.
+A task is some queries of one row and one KV head against the row's keys, which may lie in several ranges. Its query
+heads of one group are so many more rows of the same products, so keys are read once for all of them. Keys and values
+pass in blocks that fit the nearest cache, where keys are laid down transposed; scores of ``R`` rows by a few vectors of
+keys stay in registers.
 
 Products of bfloat16 use the CPU's own instruction for pairs where it has one, and round the probabilities to bfloat16;
 everything else is float32. Few queries a key leave a task bound by memory: it asks for keys and values to come while it
@@ -47,11 +48,12 @@ class Argument(IntEnum):
     V_HEAD_STRIDE = 11
     GROUP = 12  # G
     NUM_HEADS = 13  # Hq
-    SCALE = 14  # the softmax's, times log2(e)
+    NUM_RANGES = 14  # of keys, that each task has
+    SCALE = 15  # the softmax's, times log2(e)
 
 
 class Task(IntEnum):
-    """Columns of the task table."""
+    """Columns of the task table, whose rows are the ranges of keys: a task's ranges follow each other."""
 
     QUERY = 0  # first query
     NUM_QUERIES = 1
@@ -100,32 +102,38 @@ class _Emitter:
     def emit(self) -> Kernel:
         k = self.kernel
         self.group, self.scale = k.integer(Argument.GROUP), k.real(Argument.SCALE)
-        tasks = k.pointer(Argument.TASKS, simd.I64)
+        tasks, num_ranges = k.pointer(Argument.TASKS, simd.I64), k.integer(Argument.NUM_RANGES)
         with k.tasks() as index:
-            task = tasks + index * int(Task.COUNT)
-            num_queries = task[Task.NUM_QUERIES]
-            last_visible = task[Task.VISIBLE] + task[Task.VISIBLE_STEP] * (num_queries - 1)
-            num_keys = task[Task.NUM_KEYS].minimum(last_visible)
-            k_rows, v_rows = (_Rows(self, argument, task, num_keys) for argument in (Argument.K, Argument.V))
-            rows_end = (num_queries * self.group + (self.R - 1)) // self.R * self.R
-            k_rows.prefetch_first()
-            v_rows.prefetch_first()
+            task = tasks + index * num_ranges * int(Task.COUNT)
+            rows_end = (task[Task.NUM_QUERIES] * self.group + (self.R - 1)) // self.R * self.R
             self._start(task, rows_end)
-            with k.range(0, num_keys, self.block_keys) as first_key:
-                block_keys = (num_keys - first_key).minimum(self.block_keys)
-                block_words = (block_keys + (self.per_word - 1)) // self.per_word
-                self._lay_down_keys(k_rows, first_key, block_keys)
-                self._lay_down_values(v_rows, first_key, block_words)
-                with k.range(0, rows_end, self.R) as first_row:
-                    scores = self._scores(k_rows, first_key, first_row)
-                    rescale = self._softmax(scores, first_key, first_row)
-                    self._accumulate(rescale, v_rows, first_key, first_row, block_words)
+            with k.range(0, num_ranges) as number:
+                self._attend(task + number * int(Task.COUNT), rows_end)
             # Most often the next task is this thread's, too: its first keys come while this one's results are written.
-            following = tasks + (index + 1).minimum(k.num_tasks - 1) * int(Task.COUNT)
+            following = tasks + (index + 1).minimum(k.num_tasks - 1) * num_ranges * int(Task.COUNT)
             for argument in (Argument.K, Argument.V):
                 _Rows(self, argument, following, following[Task.NUM_KEYS]).prefetch_first()
             self._finish(task)
         return k
+
+    def _attend(self, keys: Pointer, rows_end: Value) -> None:
+        """Takes the keys of one range, a row of the task table, into the task's sums."""
+        k = self.kernel
+        last_visible = keys[Task.VISIBLE] + keys[Task.VISIBLE_STEP] * (keys[Task.NUM_QUERIES] - 1)
+        num_keys = keys[Task.NUM_KEYS].minimum(last_visible)
+        k_rows, v_rows = (_Rows(self, argument, keys, num_keys) for argument in (Argument.K, Argument.V))
+        k_rows.prefetch_first()
+        v_rows.prefetch_first()
+        self._see(keys)
+        with k.range(0, num_keys, self.block_keys) as first_key:
+            block_keys = (num_keys - first_key).minimum(self.block_keys)
+            block_words = (block_keys + (self.per_word - 1)) // self.per_word
+            self._lay_down_keys(k_rows, first_key, block_keys)
+            self._lay_down_values(v_rows, first_key, block_words)
+            with k.range(0, rows_end, self.R) as first_row:
+                scores = self._scores(k_rows, first_key, first_row)
+                rescale = self._softmax(scores, first_key, first_row)
+                self._accumulate(rescale, v_rows, first_key, first_row, block_words)
 
     def _load_words(self, source: Pointer, word: int) -> Value:
         """A vector of words of one row from word ``word`` on, zero past the head dimension."""
@@ -150,13 +158,19 @@ class _Emitter:
                 self.out.store(row * self.D_row + d, k.constant(0, simd.F32, self.W))
         with k.range(0, task[Task.NUM_QUERIES]) as query:
             token = q + (task[Task.QUERY] + query) * k.integer(Argument.Q_STRIDE)
-            visible = task[Task.VISIBLE] + task[Task.VISIBLE_STEP] * query
-            visible = visible.maximum(0).minimum(task[Task.NUM_KEYS])
             with k.range(0, self.group) as head:
                 row = query * self.group + head
-                self.visible[row] = visible.convert(simd.I32)
                 for word in range(0, self.D_words_row, self.W):
                     self.queries.store(row * self.D_words_row + word, self._load_words(token + head * self.D, word))
+
+    def _see(self, keys: Pointer) -> None:
+        """Notes how many keys of a range each row sees."""
+        k = self.kernel
+        with k.range(0, keys[Task.NUM_QUERIES]) as query:
+            visible = keys[Task.VISIBLE] + keys[Task.VISIBLE_STEP] * query
+            visible = visible.maximum(0).minimum(keys[Task.NUM_KEYS])
+            with k.range(0, self.group) as head:
+                self.visible[query * self.group + head] = visible.convert(simd.I32)
 
     def _lay_down_keys(self, rows: "_Rows", first_key: Value, block_keys: Value) -> None:
         """A block of keys, transposed: its words of dimension ``d`` side by side. Past the last one anything may lie:

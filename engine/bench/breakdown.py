@@ -34,8 +34,7 @@ from engine.errors import InputError
 from engine.memory import available_bytes, is_out_of_memory
 from engine.model import Transformer
 from engine.progress import progress_bar
-from kernels import Backend, Segment
-from kernels.attention import PlannedSegment
+from kernels import AttentionPlan, Backend, Segment
 from kernels.linear import linear
 
 SCHEMA_VERSION = 3
@@ -373,9 +372,9 @@ def prefix_alone_ms(
     q_HTD = torch.randn(heads, num_queries, D, device=device).to(dtype)
     k_HSD, v_HSD = torch.randn(2, heads, num_shared, D, device=device).to(dtype)
     segment = Segment(np.array([0, num_queries]), np.array([0]), np.array([num_shared]))
-    planned = PlannedSegment(segment, device, dtype, backend)
+    plan = AttentionPlan.of([segment], device, dtype, backend)
     q, k, v = (x.transpose(0, 1) for x in (q_HTD, k_HSD, v_HSD))
-    return len(model.layers) * min(best_of(lambda: planned.run(q, k, v, attention.scale), REPEATS, 2, device))
+    return len(model.layers) * min(best_of(lambda: plan.run_state(q, k, v, attention.scale), REPEATS, 2, device))
 
 
 def _kv_bytes(config: ModelConfig, batch_size: int, history: int) -> int:

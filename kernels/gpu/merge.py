@@ -34,12 +34,13 @@ def _merge(
     for state in range(num_states):
         places = rows + tl.cast(state, tl.int64) * num_rows
         lse = tl.load(lses_ptr + places, mask=is_row, other=float("-inf"))
-        part = tl.load(outs_ptr + places[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+        is_there = (lse != float("-inf"))[:, None]  # the output of an empty state is not looked at
+        part = tl.load(outs_ptr + places[:, None] * HEAD_DIM + dims[None, :], mask=mask & is_there, other=0.0)
         new_best = tl.maximum(best, lse, propagate_nan=tl.PropagateNan.ALL)
         shift = tl.where(new_best == float("-inf"), 0.0, new_best)
         weight, rescale = tl.exp(lse - shift), tl.exp(best - shift)
         best, total = new_best, total * rescale + weight
-        out = out * rescale[:, None] + part * weight[:, None]
+        out = out * rescale[:, None] + part.to(tl.float32) * weight[:, None]
     is_empty = best == float("-inf")
     safe_total = tl.where(is_empty, 1.0, total)
     tl.store(lse_ptr + rows, tl.where(is_empty, float("-inf"), best + tl.log(safe_total)), mask=is_row)
@@ -51,7 +52,8 @@ def merge_stacked(
     outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The state over the union of the states' keys, which are disjoint: ``out (T, H, D)`` in ``dtype``, rounded once
-    from float32, and ``lse (T, H)``. Both inputs are contiguous, ``lses`` in float32."""
+    from float32, and ``lse (T, H)``. Both inputs are contiguous, ``lses`` in float32. Where a state is empty (``lse`` is
+    -inf) its ``outs`` may hold anything."""
     P, T, H, D = outs_PTHD.shape
     out, lse = outs_PTHD.new_empty(T, H, D, dtype=dtype), lses_PTH.new_empty(T, H)
     with on_device(outs_PTHD):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from segments import TOLERANCE, assert_state, make_inputs, make_segment
 
 from kernels import AttentionPlan, Backend, Segment, available_backends, merge_states, reference, simd
-from kernels.attention import PlannedSegment
+from kernels.attention_aten import AtenSegment
 
 CPU = torch.device("cpu")
 # Where each backend runs, whether or not it is the one that would be taken.
@@ -27,8 +27,8 @@ def check(segment, arena, Hq, Hkv, D, dtype, where=("cpu", None)):
     q, k, v = make_inputs(segment, arena, Hq, Hkv, D, dtype)
     scale = D**-0.5
     expected_out, expected_lse = reference.segment_attention(q.double(), k.double(), v.double(), segment, scale)
-    planned = PlannedSegment(segment, torch.device(device), dtype, backend)
-    out, lse = planned.run(q.to(device), k.to(device), v.to(device), scale)
+    plan = AttentionPlan.of([segment], torch.device(device), dtype, backend)
+    out, lse = plan.run_state(q.to(device), k.to(device), v.to(device), scale)
     assert_state(out, lse, expected_out, expected_lse, dtype)
 
 
@@ -91,7 +91,7 @@ def test_unavailable_backend_is_refused():
     segment, _ = make_segment([1], [1], False)
     message = r"'aten' cannot run float64 on cpu; accepted: reference; use one of these"
     with pytest.raises(ValueError, match=message):
-        PlannedSegment(segment, CPU, torch.float64, Backend.ATEN)
+        AttentionPlan.of([segment], CPU, torch.float64, Backend.ATEN)
 
 
 def test_the_backend_that_is_taken(monkeypatch):
@@ -99,7 +99,7 @@ def test_the_backend_that_is_taken(monkeypatch):
     few, many = make_segment([15, 15], [9, 9], False)[0], make_segment([16, 16], [9, 9], False)[0]
 
     def taken(segment, dtype):
-        return PlannedSegment(segment, CPU, dtype).backend
+        return AttentionPlan.of([segment], CPU, dtype).backends[0]
 
     monkeypatch.setattr(simd, "host", lambda: None)
     without_interpreter = [b for b in available_backends(CPU, torch.float32) if b != Backend.TRITON]
@@ -113,9 +113,9 @@ def test_the_backend_that_is_taken(monkeypatch):
 
 def test_equal_rows_make_one_call_of_aten_and_ragged_rows_few():
     segment, _ = make_segment([1] * 64, [9] * 64, False, rooms=[16] * 64)
-    assert len(PlannedSegment(segment, CPU, torch.float32, Backend.ATEN).impl.calls) == 1
+    assert len(AtenSegment(segment).calls) == 1
     segment, _ = make_segment([1] * 64, list(range(1, 65)), False, rooms=[64] * 64)
-    assert len(PlannedSegment(segment, CPU, torch.float32, Backend.ATEN).impl.calls) <= 2
+    assert len(AtenSegment(segment).calls) <= 2
 
 
 @pytest.mark.parametrize("backend", available_backends(CPU, torch.float32), ids=str)
@@ -126,7 +126,7 @@ def test_keys_past_the_room_are_never_read(backend):
     named = torch.zeros(arena, dtype=torch.bool)
     for start, length in zip(segment.k_starts, segment.k_lens, strict=True):
         named[start : start + length] = True
-    plan = AttentionPlan([PlannedSegment(segment, CPU, torch.float32, backend)])
+    plan = AttentionPlan.of([segment], CPU, torch.float32, backend)
     expected = plan.run(q, k, v, 0.25)
     k[~named], v[~named] = float("nan"), float("nan")
     torch.testing.assert_close(plan.run(q, k, v, 0.25), expected, rtol=0, atol=0)
@@ -142,10 +142,9 @@ def test_splitting_the_keys_changes_nothing(backend):
         Segment(whole.q_offsets, whole.k_starts + first, np.full(3, last - first), False)
         for first, last in ((0, 0), (0, 7), (7, 8), (8, 20))
     ]
-    planned = [PlannedSegment(p, CPU, torch.float32, backend) for p in parts]
     expected, _ = reference.segment_attention(q.double(), k.double(), v.double(), whole, 0.2)
-    for order in (planned, planned[::-1]):
-        out = AttentionPlan(order).run(q, k, v, 0.2)
+    for order in (parts, parts[::-1]):
+        out = AttentionPlan.of(order, CPU, torch.float32, backend).run(q, k, v, 0.2)
         torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=2e-6)
 
 

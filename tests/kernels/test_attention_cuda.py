@@ -6,8 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import Segment, attention_cuda, reference
-from kernels.attention import PlannedSegment
+from kernels import AttentionPlan, Segment, attention_cuda, reference
 from kernels.attention_cuda import CudaSegment
 
 CPU = torch.device("cpu")
@@ -120,8 +119,8 @@ def test_rows_beyond_32_bits(causal):
     for arena, values in zip(arenas, small, strict=True):
         arena.index_copy_(0, torch.from_numpy(slots).cuda(), values.cuda())  # as the cache is written
     q = torch.randn(6, 4, D, generator=generator).to(dtype)
-    planned = PlannedSegment(Segment(q_offsets, starts, lens, causal), torch.device("cuda"), dtype)
-    out, lse = planned.run(q.cuda(), *arenas, D**-0.5)
+    plan = AttentionPlan.of([Segment(q_offsets, starts, lens, causal)], torch.device("cuda"), dtype)
+    out, lse = plan.run_state(q.cuda(), *arenas, D**-0.5)
     near = Segment(q_offsets, np.array([0, 600, 607]), lens, causal)
     expected_out, expected_lse = reference.segment_attention(
         q.double(), small[0].double(), small[1].double(), near, D**-0.5

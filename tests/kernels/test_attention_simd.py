@@ -9,7 +9,7 @@ import torch
 from segments import TOLERANCE, assert_state, make_inputs, make_segment
 
 from kernels import merge_states, reference, simd
-from kernels.attention_simd import SimdSegment, _Table
+from kernels.attention_simd import SimdPlan, _Table
 
 pytestmark = pytest.mark.skipif(simd.host() is None, reason="kernels cannot be compiled for this CPU, or no llvmlite")
 
@@ -48,7 +48,7 @@ def test_matches_reference(case, dtype, target):
     q_lens, k_lens, causal, Hq, Hkv, D = CASES[case]
     segment, arena = make_segment(q_lens, k_lens, causal)
     q, k, v = make_inputs(segment, arena, Hq, Hkv, D, dtype)
-    state = SimdSegment(segment, target_of(target)).run(q, k, v, D**-0.5)
+    state = SimdPlan([segment], target_of(target)).run(q, k, v, D**-0.5)
     assert_state(*state, *expected_state(q, k, v, segment, D**-0.5), dtype)
 
 
@@ -57,7 +57,7 @@ def test_large_scores():
     segment, arena = make_segment([2, 1], [150, 70], False)
     q, k, v = make_inputs(segment, arena, 4, 2, 32, torch.float32)
     q *= 40
-    state = SimdSegment(segment).run(q, k, v, 1.0)
+    state = SimdPlan([segment]).run(q, k, v, 1.0)
     expected_out, expected_lse = expected_state(q, k, v, segment, 1.0)
     assert expected_lse.max() > 200
     # An error of one rounding in a score of s is one of s * 2**-24 in its probability.
@@ -75,8 +75,8 @@ def test_keys_split_between_threads(num_keys, num_threads):
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        parts = _Table(segment, 1, 3, num_threads).num_parts
-        state = SimdSegment(segment).run(q, k, v, 0.25)
+        parts = _Table([segment], 1, 3, num_threads).num_parts
+        state = SimdPlan([segment]).run(q, k, v, 0.25)
     finally:
         torch.set_num_threads(before)
     assert parts == (1 if num_threads == 1 or num_keys < 1024 else min(num_keys // 512, 2 * num_threads))
@@ -99,12 +99,12 @@ def test_merges_with_a_state(num_keys, plain):
     first, arena = make_segment([1, 1, 1, 1], [30, 30, 0, 0], False)
     second, _ = make_segment([1, 1, 1, 1], [num_keys, 0, 5, 0], False)
     q, k, v = make_inputs(first, max(arena, num_keys + 10), 6, 2, 24, torch.float32)
-    state, other = (SimdSegment(s).run(q, k, v, 0.2) for s in (first, second))
-    assert _Table(second, 2, 3, torch.get_num_threads()).num_parts == (1 if num_keys == 40 else 2)
+    state, other = (SimdPlan([s]).run(q, k, v, 0.2) for s in (first, second))
+    assert _Table([second], 2, 3, torch.get_num_threads()).num_parts == (1 if num_keys == 40 else 2)
     expected = merge_states(*(x.clone() for x in (*state, *other)))
     if not plain:
         state = state[0].double().transpose(0, 1).contiguous().transpose(0, 1), state[1]
-    out, lse = SimdSegment(second).run(q, k, v, 0.2, state)
+    out, lse = SimdPlan([second]).run(q, k, v, 0.2, state)
     torch.testing.assert_close(out.float(), expected[0], atol=2e-6, rtol=2e-6)
     torch.testing.assert_close(lse, expected[1], atol=2e-6, rtol=2e-6)
     assert (lse[3] == float("-inf")).all() and (out[3] == 0).all()
@@ -114,14 +114,14 @@ def test_strided_inputs():
     """Queries inside a fused projection, arenas laid out head by head and token by token."""
     segment, arena = make_segment([3, 1], [66, 5], True)
     q, k, v = make_inputs(segment, arena, 4, 2, 16, torch.float32)
-    expected = SimdSegment(segment).run(q, k, v, 0.25)
+    expected = SimdPlan([segment]).run(q, k, v, 0.25)
     fused = torch.randn(q.shape[0], 9, 16)
     fused[:, 2:6] = q
     by_head = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (k, v)]
     spaced = torch.randn(q.shape[0], 4, 20)
     spaced[..., :16] = q
     for queries in (fused[:, 2:6], spaced[..., :16], q.transpose(0, 1).contiguous().transpose(0, 1)):
-        out, lse = SimdSegment(segment).run(queries, *by_head, 0.25)
+        out, lse = SimdPlan([segment]).run(queries, *by_head, 0.25)
         torch.testing.assert_close(out, expected[0], rtol=0, atol=0)
         torch.testing.assert_close(lse, expected[1], rtol=0, atol=0)
 
@@ -134,7 +134,7 @@ def test_nothing_past_the_last_key_is_read(num_keys, dtype):
 import ctypes, mmap
 import numpy as np, torch
 from kernels import Segment
-from kernels.attention_simd import SimdSegment
+from kernels.attention_simd import SimdPlan
 
 def arena():
     size = 4 * mmap.PAGESIZE
@@ -146,7 +146,7 @@ def arena():
     return flat.fill_(0.5).view(2, {num_keys}, 17).transpose(0, 1)
 
 segment = Segment(np.array([0, 3]), np.array([0]), np.array([{num_keys}]), False)
-out, _ = SimdSegment(segment).run(torch.ones(3, 4, 17, dtype={dtype}), arena(), arena(), 0.25)
+out, _ = SimdPlan([segment]).run(torch.ones(3, 4, 17, dtype={dtype}), arena(), arena(), 0.25)
 torch.testing.assert_close(out, torch.full((3, 4, 17), 0.5))
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
@@ -159,7 +159,7 @@ def test_nan_shows(where, dtype):
     q, k, v = make_inputs(segment, arena, 2, 2, 16, dtype)
     damaged = {"key": k[segment.k_starts[1] + 3], "value": v[segment.k_starts[1] + 3], "query": q[1]}[where]
     damaged[1, 5] = float("nan")
-    out, _ = SimdSegment(segment).run(q, k, v, 0.25)
+    out, _ = SimdPlan([segment]).run(q, k, v, 0.25)
     is_nan = out.isnan().any(-1)
     assert is_nan.tolist() == [[False, False], [False, True]]
 
@@ -168,20 +168,20 @@ def test_a_row_does_not_depend_on_the_others():
     """Bit for bit, in a batch or alone: what a row computes is the same whichever tile or task it is in."""
     segment, arena = make_segment([1] * 9, [90 + row for row in range(9)], False)
     q, k, v = make_inputs(segment, arena, 6, 2, 32, torch.float32)
-    out, lse = SimdSegment(segment).run(q, k, v, 0.2)
+    out, lse = SimdPlan([segment]).run(q, k, v, 0.2)
     for row in (0, 4, 8):
         alone, _ = make_segment([1], [90 + row], False)
         alone = type(alone)(alone.q_offsets, segment.k_starts[row : row + 1], alone.k_lens, False)
-        own = SimdSegment(alone).run(q[row : row + 1], k, v, 0.2)
+        own = SimdPlan([alone]).run(q[row : row + 1], k, v, 0.2)
         assert torch.equal(own[0][0], out[row]) and torch.equal(own[1][0], lse[row])
 
 
 def test_table_covers_every_query_and_key_once():
     segment, _ = make_segment([130, 0, 1, 7], [130, 5, 3000, 0], False)
     for num_threads in (1, 8):
-        table = _Table(segment, 2, 3, num_threads)
+        table = _Table([segment], 2, 3, num_threads)
         seen = np.zeros((2, segment.num_queries), dtype=np.int64)
-        for query, num_queries, head, _, num_keys, *_ in table.tasks.tolist():
+        for query, num_queries, head, _, num_keys, *_ in table.tasks[:, 0].tolist():
             seen[head, query : query + num_queries] += num_keys
         expected = np.repeat(segment.k_lens, np.diff(segment.q_offsets))
         np.testing.assert_array_equal(seen, [expected, expected])

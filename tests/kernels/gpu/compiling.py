@@ -113,11 +113,11 @@ def recorded(module: Any, name: str) -> Iterator[list[tuple[tuple, dict[str, Any
 
 
 def attention_launches() -> Iterator[Launch]:
-    """Each tile in use, causal and not, keys split and not, head dimensions with and without a rest."""
+    """Each tile in use, causal and not, keys split and not, head dimensions with and without a rest, merging or not."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     for dtype, Hq, Hkv, D, q_lens, k_len, causal in (
         (bf16, 8, 1, 128, [4096], 8192, False),  # a shared prefix
-        (bf16, 8, 1, 128, [1] * 64, 512, True),  # a decode step
+        (bf16, 8, 1, 128, [1] * 264, 512, True),  # a decode step
         (bf16, 8, 1, 128, [1], 2**17, True),  # split keys
         (bf16, 32, 8, 128, [4096], 4096, True),  # a prefill
         (bf16, 12, 4, 64, [64], 4096, False),
@@ -129,15 +129,30 @@ def attention_launches() -> Iterator[Launch]:
         (fp32, 8, 2, 256, [64], 512, False),
         (fp32, 4, 4, 128, [1], 4096, True),
     ):
-        T, S = sum(q_lens), k_len * len(q_lens)
-        starts = np.arange(len(q_lens)) * k_len
-        segment = Segment(np.append(0, np.cumsum(q_lens)), starts, np.full_like(starts, k_len), causal)
-        q, (k, v) = torch.empty(T, Hq, D, dtype=dtype), torch.empty(2, S, Hkv, D, dtype=dtype)
-        with recorded(attention, "_attend") as seen, recorded(merge, "_merge"):
-            attention.TritonSegment(segment, torch.device("cpu")).run(q, k, v, D**-0.5)
-        ((arguments, keywords),) = seen
         name = f"{dtype} {Hq}/{Hkv} heads of {D}, {len(q_lens)} x {q_lens[0]} queries, {k_len} keys"
-        yield Launch.of(f"{name}{', causal' if causal else ''}", attention._attend, arguments, keywords)
+        own = _segment(q_lens, k_len, causal)
+        yield from _attention_launches(f"{name}{', causal' if causal else ''}", [own], Hq, Hkv, D, dtype)
+    for dtype, Hq, Hkv, D in ((bf16, 8, 1, 128), (bf16, 12, 4, 64), (fp16, 10, 2, 80), (bf16, 16, 4, 256)):
+        segments = [_segment([1] * 528, 512, True), _segment([528], 4096, False)]
+        *_, last = _attention_launches(f"{dtype} {Hq}/{Hkv} heads of {D}, merging", segments, Hq, Hkv, D, dtype)
+        assert last.constants["MERGES"]
+        yield last
+
+
+def _segment(q_lens: list[int], k_len: int, causal: bool) -> Segment:
+    starts = np.arange(len(q_lens)) * k_len
+    return Segment(np.append(0, np.cumsum(q_lens)), starts, np.full_like(starts, k_len), causal)
+
+
+def _attention_launches(
+    case: str, segments: list[Segment], Hq: int, Hkv: int, D: int, dtype: torch.dtype
+) -> Iterator[Launch]:
+    T, S = segments[0].num_queries, max(int((s.k_starts + s.k_lens).max()) for s in segments)
+    q, (k, v) = torch.empty(T, Hq, D, dtype=dtype), torch.empty(2, S, Hkv, D, dtype=dtype)
+    with recorded(attention, "_attend") as seen, recorded(merge, "_merge"):
+        attention.TritonPlan(segments, torch.device("cpu")).run(q, k, v, D**-0.5)
+    for arguments, keywords in seen:
+        yield Launch.of(case, attention._attend, arguments, keywords)
 
 
 def merge_launches() -> Iterator[Launch]:

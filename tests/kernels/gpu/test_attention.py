@@ -10,8 +10,8 @@ from segments import assert_state, make_inputs, make_segment
 from kernels import Segment, reference
 
 pytest.importorskip("triton", reason="Triton is for Linux")
-from kernels.gpu import attention
-from kernels.gpu.attention import Tile, TritonSegment, choose_tile, cut_head_dim, run_merged
+from kernels.gpu.attention import LaidOut, TritonPlan, cut_head_dim, num_processors
+from kernels.gpu.attention_items import HeadShape, Item, Tile, choose_tile, lay_out
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter multiplies bfloat16 wrongly.
@@ -23,7 +23,7 @@ def check(segment, inputs, scale=None, expected=None):
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if expected is None:
         expected = reference.segment_attention(q.double(), k.double(), v.double(), segment, scale)
-    out, lse = TritonSegment(segment, DEVICE).run(*(x.to(DEVICE) for x in inputs), scale)
+    out, lse = TritonPlan([segment], DEVICE).run(*(x.to(DEVICE) for x in inputs), scale)
     assert out.dtype == q.dtype and lse.is_contiguous()
     assert_state(out, lse, *expected, q.dtype)
 
@@ -79,7 +79,7 @@ def test_any_rows(rows, causal, shuffle, heads):
 
 def test_no_queries():
     segment, arena = make_segment([0, 0], [3, 4], False)
-    out, lse = TritonSegment(segment, DEVICE).run(
+    out, lse = TritonPlan([segment], DEVICE).run(
         *(x.to(DEVICE) for x in make_inputs(segment, arena, 4, 2, 16, torch.float32)), 0.25
     )
     assert out.shape == (0, 4, 16) and lse.shape == (0, 4)
@@ -100,7 +100,7 @@ def test_nan_in_a_key_that_is_read_shows():
     segment, arena = make_segment([1, 1], [9, 9], False)
     q, k, v = (x.to(DEVICE) for x in make_inputs(segment, arena, 2, 1, 16, torch.float32))
     k[segment.k_starts[1] + 4] = float("nan")
-    out, lse = TritonSegment(segment, DEVICE).run(q, k, v, 0.25)
+    out, lse = TritonPlan([segment], DEVICE).run(q, k, v, 0.25)
     assert out[0].isfinite().all() and lse[0].isfinite().all() and out[1].isnan().all() and lse[1].isnan().all()
 
 
@@ -121,7 +121,7 @@ def test_scores_of_any_size(scale):
     segment, arena = make_segment([3], [50], False)
     inputs = make_inputs(segment, arena, 2, 2, 32, torch.float32)
     expected = reference.segment_attention(*(x.double() for x in inputs), segment, scale)
-    out, lse = TritonSegment(segment, DEVICE).run(*(x.to(DEVICE) for x in inputs), scale)
+    out, lse = TritonPlan([segment], DEVICE).run(*(x.to(DEVICE) for x in inputs), scale)
     torch.testing.assert_close(lse.double().cpu(), expected[1], atol=5e-6, rtol=2e-6)
     # A score's rounding is relative to its size, and a probability's to the score's.
     error = 2e-6 * max(1.0, scale * 32)
@@ -141,18 +141,22 @@ def test_4096_rows():
     check(segment, make_inputs(segment, arena, 2, 1, 16, torch.float32))
 
 
+def layout_of(segments, heads, head_dim=16, dtype=torch.float32, fixed=False):
+    return lay_out(segments, HeadShape(*heads, head_dim, dtype), 8, fixed)
+
+
 class TestSplitKeys:
     def num_parts(self, q_lens, k_lens, heads):
-        segment, arena = make_segment(q_lens, k_lens, True)
-        q, *_ = make_inputs(segment, arena, *heads, 16, torch.float32)
-        return TritonSegment(segment, DEVICE).launch(q.to(DEVICE), heads[1]).num_parts
+        segment, _ = make_segment(q_lens, k_lens, True)
+        layout, items = layout_of([segment], heads)
+        assert sum(launch.num_items for launch in layout.launches) == len(items)
+        return max(1, layout.num_planes)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_few_queries_have_their_keys_split(self, dtype):
         segment, arena = make_segment([1, 2], [3000, 100], True)
-        inputs = make_inputs(segment, arena, 4, 2, 32, dtype)
-        assert TritonSegment(segment, DEVICE).launch(inputs[0].to(DEVICE), 2).num_parts > 1
-        check(segment, inputs)
+        assert layout_of([segment], (4, 2))[0].num_planes > 1
+        check(segment, make_inputs(segment, arena, 4, 2, 32, dtype))
 
     def test_enough_tiles_do_not(self):
         assert self.num_parts([1] * 2000, [300] * 2000, (2, 2)) == 1
@@ -162,6 +166,11 @@ class TestSplitKeys:
     def test_rows_shorter_than_a_part(self):
         segment, arena = make_segment([1] * 3, [2000, 0, 1], False)
         check(segment, make_inputs(segment, arena, 2, 1, 16, torch.float32))
+
+    def test_a_short_row_is_not_cut_as_a_long_one_is(self):
+        segment, _ = make_segment([1, 1], [2000, 256], False)
+        _, items = layout_of([segment], (1, 1))
+        assert sorted(items[items[:, Item.KEY] == segment.k_starts[1], Item.NUM_KEYS]) == [256]
 
 
 class TestSeveralSegments:
@@ -175,17 +184,103 @@ class TestSeveralSegments:
             for first, last in zip(borders, borders[1:], strict=False)
         ]
         expected = reference.segment_attention(q.double(), k.double(), v.double(), whole, 0.2)
-        segments = [TritonSegment(part, DEVICE) for part in parts]
-        for order in (segments, segments[::-1]):
-            out, lse = run_merged(order, *(x.to(DEVICE) for x in (q, k, v)), 0.2)
+        for order in (parts, parts[::-1]):
+            out, lse = TritonPlan(order, DEVICE).run(*(x.to(DEVICE) for x in (q, k, v)), 0.2)
             assert out.dtype == dtype
             assert_state(out, lse, *expected, dtype)
 
     def test_that_are_empty_give_the_empty_state(self):
         empty, arena = make_segment([2], [0], False)
         inputs = [x.to(DEVICE) for x in make_inputs(empty, arena, 2, 1, 16, torch.float32)]
-        out, lse = run_merged([TritonSegment(empty, DEVICE)] * 3, *inputs, 1.0)
+        out, lse = TritonPlan([empty] * 3, DEVICE).run(*inputs, 1.0)
         assert (out == 0).all() and (lse == float("-inf")).all()
+
+
+def decode_segments(num_queries, prefix, own_lens, rooms=None):
+    """Two levels of shared nodes, the second of some sequences only, and own keys: segments, queries, keys, values."""
+    own, arena = make_segment([1] * num_queries, own_lens, True, rooms)
+    level = Segment(np.array([0, num_queries]), np.array([arena]), np.array([prefix]))
+    half = num_queries // 2
+    second = Segment(np.array([0, half, num_queries]), np.array([arena + prefix, 0]), np.array([7, 0]))
+    return [own, level, second], arena + prefix + 9
+
+
+def expected_of(segments, q, k, v, scale):
+    state = reference.segment_attention(q.double(), k.double(), v.double(), segments[0], scale)
+    for segment in segments[1:]:
+        other = reference.segment_attention(q.double(), k.double(), v.double(), segment, scale)
+        state = reference.merge(*state, *other)
+    return state
+
+
+class TestADecodeStep:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("head_dim", [32, 80])
+    def test_is_two_launches(self, dtype, head_dim):
+        own_lens = [3, 0, 40, 17, 1, 64, 65, 2, 0, 33, 5, 8]
+        segments, arena = decode_segments(12, 70, own_lens)
+        segments = [*segments, Segment(np.array([0, 12]), np.array([0]), np.array([0]))]  # a level without keys
+        layout, _ = layout_of(segments, (8, 2), head_dim, dtype)
+        if dtype == torch.float32 and head_dim == 80:  # has small tiles alone
+            assert len(layout.launches) == 1 and layout.merges_last
+        else:
+            assert [launch.merges for launch in layout.launches] == [False, True] and not layout.merges_last
+        q, k, v = make_inputs(segments[0], arena, 8, 2, head_dim, dtype)
+        out, lse = TritonPlan(segments, DEVICE).run(*(x.to(DEVICE) for x in (q, k, v)), 0.2)
+        assert_state(out, lse, *expected_of(segments, q, k, v, 0.2), dtype)
+
+    def test_without_any_key_is_the_empty_state(self):
+        segments, arena = decode_segments(12, 0, [0] * 12)
+        segments = segments[:2]
+        q, k, v = (x.to(DEVICE) for x in make_inputs(segments[0], arena, 8, 2, 32, torch.float32))
+        assert layout_of(segments, (8, 2), 32)[0].launches[-1].merges
+        out, lse = TritonPlan(segments, DEVICE).run(q, k, v, 0.2)
+        assert (out == 0).all() and (lse == float("-inf")).all()
+
+    def test_nan_in_a_shared_key_shows_in_all_that_read_it(self):
+        segments, arena = decode_segments(12, 70, [5] * 12)
+        q, k, v = (x.to(DEVICE) for x in make_inputs(segments[0], arena, 8, 2, 32, torch.float32))
+        k[segments[2].k_starts[0] + 1] = float("nan")
+        out, lse = TritonPlan(segments, DEVICE).run(q, k, v, 0.2)
+        assert out[:6].isnan().all() and lse[:6].isnan().all()
+        assert out[6:].isfinite().all() and lse[6:].isfinite().all()
+
+    def test_keys_of_few_sequences_are_split_and_merged_at_the_end(self):
+        segments, arena = decode_segments(2, 600, [520, 3])
+        layout, _ = layout_of(segments, (2, 1))
+        assert len(layout.launches) == 1 and layout.merges_last
+        q, k, v = make_inputs(segments[0], arena, 2, 1, 16, torch.float32)
+        out, lse = TritonPlan(segments, DEVICE).run(*(x.to(DEVICE) for x in (q, k, v)), 0.2)
+        assert_state(out, lse, *expected_of(segments, q, k, v, 0.2), torch.float32)
+
+
+class TestAFixedLayout:
+    """What a CUDA graph is captured for."""
+
+    def test_outlasts_any_change_of_lengths_within_its_rooms(self):
+        def layout(own_lens, prefix, num_queries=12):
+            segments, _ = decode_segments(num_queries, prefix, own_lens, rooms=[1000] * num_queries)
+            return layout_of(segments, (8, 2), 64, torch.bfloat16, fixed=True)[0]
+
+        first = layout([1] * 12, 513)
+        assert layout(list(range(12)), 513) == layout([1000] * 12, 1024) == layout([0] * 12, 600) == first
+        assert layout([1] * 12, 1025) != first, "a longer node is split into more parts"
+
+    def test_rows_that_come_and_go_within_a_power_of_two_change_nothing(self):
+        def layout(q_lens):
+            segment, _ = make_segment(q_lens, [300] * len(q_lens), False)
+            return layout_of([segment], (8, 2), 64, torch.bfloat16, fixed=True)[0].launches
+
+        assert layout([50, 50, 60]) == layout([60, 40, 30, 30]), "8 tiles at most"
+
+    def test_items_that_are_left_over_do_nothing(self):
+        segments, arena = decode_segments(11, 70, [3] * 11)
+        q, k, v = make_inputs(segments[0], arena, 8, 2, 32, torch.float32)
+        heads = HeadShape(8, 2, 32, torch.float32)
+        exact, padded = (LaidOut.of(segments, heads, DEVICE, fixed) for fixed in (False, True))
+        assert len(padded.table) > len(exact.table)
+        states = [laid_out.run(*(x.to(DEVICE) for x in (q, k, v)), 0.2) for laid_out in (exact, padded)]
+        assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 
 class TestWhatIsNotSupported:
@@ -199,15 +294,22 @@ class TestWhatIsNotSupported:
     def test_is_refused(self, dtype, head_dim, message):
         segment, arena = make_segment([1], [3], False)
         with pytest.raises(ValueError, match=message):
-            TritonSegment(segment, DEVICE).run(
+            TritonPlan([segment], DEVICE).run(
                 *(x.to(DEVICE) for x in make_inputs(segment, arena, 2, 1, head_dim, dtype)), 1.0
+            )
+
+    def test_a_scale_that_turns_the_order_of_scores(self):
+        segment, arena = make_segment([1], [3], False)
+        with pytest.raises(ValueError, match="the scale is -0.5; accepted: above 0"):
+            TritonPlan([segment], DEVICE).run(
+                *(x.to(DEVICE) for x in make_inputs(segment, arena, 2, 1, 16, torch.float32)), -0.5
             )
 
     def test_keys_of_another_dtype(self):
         segment, arena = make_segment([1], [3], False)
         q, k, v = (x.to(DEVICE) for x in make_inputs(segment, arena, 2, 1, 16, torch.float32))
         with pytest.raises(ValueError, match="queries are torch.float32, keys torch.float16"):
-            TritonSegment(segment, DEVICE).run(q, k.half(), v.half(), 1.0)
+            TritonPlan([segment], DEVICE).run(q, k.half(), v.half(), 1.0)
 
 
 def test_tiles():
@@ -217,4 +319,4 @@ def test_tiles():
     ]  # fmt: skip
     assert choose_tile(torch.bfloat16, 128, 1) == Tile(16, 64, 4, 3)
     assert choose_tile(torch.bfloat16, 128, 10_000) == Tile(128, 64, 8, 3)
-    assert attention._num_processors(torch.device("cpu")) == 8
+    assert num_processors(torch.device("cpu")) == 8
