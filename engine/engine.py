@@ -5,12 +5,15 @@ Shapes: n prompts, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from engine.arena import Arena
-from engine.attention import get_method
+from engine.attention import AttentionMethod, Auto, get_method
+from engine.attention.crossover import Crossover
+from engine.calibration import Setting, find_crossover
 from engine.decoding import Generated, full_logits
 from engine.errors import InputError
 from engine.generation import Generation, OnEnded, OnFailed, OnTokens, Options
@@ -87,6 +90,20 @@ class Engine:
         self.arena = Arena(model)
         self._shared = SharedLevels(model, self.arena)
 
+    # ---- attention methods ----
+
+    @cached_property
+    def crossover(self) -> Crossover:
+        """From which length on attention ``auto`` shares a node: measured here, in seconds, or before."""
+        attention, dtype = self.model.layers[0].attention, self.model.embedding.weight.dtype
+        group, shape = self.model.group, (attention.num_heads, attention.num_kv_heads, attention.head_dim)
+        setting = Setting.of(group.device, dtype, *shape, self.model.attention_backend)
+        return find_crossover(group, setting, dtype)
+
+    def _method(self, name: str) -> AttentionMethod:
+        method = get_method(name)
+        return Auto(self.crossover) if isinstance(method, Auto) else method
+
     # ---- caches and kept levels ----
 
     def setup_caches(self, num_tokens: int) -> None:
@@ -118,7 +135,7 @@ class Engine:
         (dynamic, longrope), ``planned_length`` is what the sequences below will have; without it, what they have so
         far. Returns the logits after each entry's last token, ``(n, V)`` float32.
         """
-        method = get_method(attention)
+        method = self._method(attention)
         self._shared.check(method)
         tree = self._shared.tree_of_next(prompts, parents)
         longest = max(self._maker.planned_lengths(tree, [0] * tree.num_sequences, planned_length))
@@ -185,7 +202,7 @@ class Engine:
 
         Raises InputError for prompts or options that cannot be used.
         """
-        method = get_method(attention)
+        method = self._method(attention)
         if shared_cache_op not in SHARED_CACHE_OPS:
             accepted = ", ".join(SHARED_CACHE_OPS)
             raise InputError(f"shared_cache_op {shared_cache_op!r} is not known; accepted: {accepted}")

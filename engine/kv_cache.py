@@ -83,12 +83,16 @@ class SlotAllocator:
             self._free.insert(index, (start, length))
 
 
-class KVCache:
-    """One arena of keys and one of values per layer, ``(S, Hkv, D)``, zeroed: every slot is finite at all times.
+def make_arena(
+    num_slots: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """``(S, Hkv, D)``, zeroed. In memory it is head-major: a head's keys follow each other, so attention streams them.
+    On CPU that reads about twice as fast as keys that are interleaved by head."""
+    return torch.zeros(num_kv_heads, num_slots, head_dim, dtype=dtype, device=device).transpose(0, 1)
 
-    In memory an arena is head-major: a head's keys follow each other, so attention streams them. On CPU that reads
-    about twice as fast as keys that are interleaved by head.
-    """
+
+class KVCache:
+    """One arena of keys and one of values per layer, ``(S, Hkv, D)``, zeroed: every slot is finite at all times."""
 
     def __init__(
         self, config: ModelConfig, num_kv_heads: int, num_slots: int, dtype: torch.dtype, device: torch.device
@@ -99,8 +103,7 @@ class KVCache:
         self._layers = [[self._arena(num_slots), self._arena(num_slots)] for _ in range(config.num_layers)]
 
     def _arena(self, num_slots: int) -> torch.Tensor:
-        num_kv_heads, head_dim = self._shape
-        return torch.zeros(num_kv_heads, num_slots, head_dim, dtype=self._dtype, device=self._device).transpose(0, 1)
+        return make_arena(num_slots, *self._shape, self._dtype, self._device)
 
     @staticmethod
     def bytes_per_slot(config: ModelConfig, num_kv_heads: int, dtype: torch.dtype) -> int:

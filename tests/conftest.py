@@ -1,4 +1,5 @@
 import os
+import tempfile
 
 import pytest
 import torch
@@ -9,6 +10,11 @@ if not torch.cuda.is_available():
 from checkpoints import save_tiny  # noqa: E402
 
 from engine import LLM  # noqa: E402
+
+
+# What attention "auto" measures goes to a folder of this run, for the programs that tests start too.
+_cache = tempfile.TemporaryDirectory()
+os.environ["TRIBUTARY_CACHE"] = _cache.name
 
 
 def pytest_configure(config):

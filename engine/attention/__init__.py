@@ -1,5 +1,6 @@
 """The registry of attention methods. A new method is one file and one line here."""
 
+from engine.attention.auto import Auto
 from engine.attention.hydragen import Hydragen
 from engine.attention.method import AttentionMethod, Runs
 from engine.attention.noattention import NoAttention
@@ -7,7 +8,7 @@ from engine.attention.noshared import HydragenNoShared
 from engine.attention.placement import Keeps, Placement
 from engine.errors import InputError
 
-METHODS: dict[str, AttentionMethod] = {m.name: m for m in (Hydragen(), HydragenNoShared(), NoAttention())}
+METHODS: dict[str, AttentionMethod] = {m.name: m for m in (Hydragen(), HydragenNoShared(), NoAttention(), Auto())}
 
 
 def get_method(name: str) -> AttentionMethod:
@@ -16,4 +17,4 @@ def get_method(name: str) -> AttentionMethod:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "AttentionMethod", "Keeps", "Placement", "Runs", "get_method"]
+__all__ = ["METHODS", "AttentionMethod", "Auto", "Keeps", "Placement", "Runs", "get_method"]

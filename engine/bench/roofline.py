@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.attention import AttentionMethod, Runs, get_method
-from engine.attention.placement import place_in_order
+from engine.attention import AttentionMethod, get_method
+from engine.attention.decode_step import plan_decode_step
 from engine.bench.timing import Timer
 from engine.config import ModelConfig
 from engine.prefix_tree import PrefixTree, build_from_levels
@@ -98,17 +98,7 @@ def _count_keys(
 def _planned_keys(
     method: AttentionMethod, tree: PrefixTree, unique_len: int, window: int | None
 ) -> tuple[int, int]:
-    sequences = np.arange(tree.num_sequences)
-    placement, _ = place_in_order(tree, method.keeps, np.full_like(sequences, max(unique_len, 1)))
-    runs = Runs(
-        num_new=np.ones_like(sequences),
-        positions=tree.table.suffix_position,
-        own_starts=placement.suffix_starts(sequences),
-        own_lens=np.full_like(sequences, unique_len),
-        own_rooms=placement.suffix_rooms(sequences),
-        paths=tree.paths(tree.table.leaf_node),
-    )
-    segments = [*method.shared_segments(tree, placement, runs), *method.own_segments(runs)]
+    segments = plan_decode_step(method, tree, unique_len).segments
     if window is not None:
         q_positions = tree.table.suffix_position + unique_len - 1
         segments = [part for segment in segments for part in within_window(segment, q_positions, window)]

@@ -1,5 +1,5 @@
-"""Shared-prefix attention is exact: on any tree, on one rank or several, hydragen equals the baseline that shares
-nothing, and both equal transformers on each whole sequence."""
+"""Shared-prefix attention is exact: on any tree, on one rank or several, hydragen, sharing all nodes or some, equals the
+baseline that shares nothing, and all equal transformers on each whole sequence."""
 
 from collections import Counter
 
@@ -11,11 +11,14 @@ from models import assert_close, assert_layers_close, hf_model, our_engine, pass
 from ranks import World
 from strategies import HARD_CASES, SETTINGS, even_level_sets, hard_cases, level_sets, prompt_sets
 
+from engine.attention.crossover import Crossover
 from engine.engine import Levels
 from engine.prefix_tree import build_from_levels, build_from_prompts, flatten
 from engine.sampling import SamplingParams
 
-METHODS = ["hydragen", "hydragen_noshared"]
+METHODS = ["hydragen", "hydragen_noshared", "auto"]
+# Some nodes of the trees are shared, and others not.
+CROSSOVER = Crossover((2, 3), (4, 2))
 WORLD_SIZES = [1, 2, 4]
 VOCAB_SIZE = 33  # divides over neither 2 nor 4 ranks
 NUM_STEPS = 3
@@ -34,6 +37,8 @@ class Checker:
             size: world.run(lambda group: our_engine(self.hf, group, prefill_chunk=16))
             for size, world in self.worlds.items()
         }
+        for engine in (engine for engines in self.engines.values() for engine in engines):
+            engine.crossover = CROSSOVER
         self.counts = Counter()
 
     def check(self, given, prompts, tree=None, sizes=(1,), **options):

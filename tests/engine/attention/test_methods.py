@@ -5,7 +5,8 @@ import pytest
 import torch
 from models import hf_model, our_model
 
-from engine.attention import METHODS, Keeps, Placement, Runs, get_method
+from engine.attention import METHODS, Auto, Keeps, Placement, Runs, get_method
+from engine.attention.crossover import ALWAYS, NEVER, Crossover
 from engine.attention.placement import place_in_order
 from engine.errors import InputError
 from engine.executor import Executor
@@ -113,6 +114,56 @@ def test_noshared_plans_one_segment_over_whole_histories():
     assert tables(method.own_segments(decode)) == [([0, 1, 2], [8, 15], [6, 7], True)]
 
 
+class TestAuto:
+    placement = placed(400, 5)
+    decode = suffix_runs(placement, [0, 1, 2, 3, 4], [1] * 5, [2, 1, 4, 3, 3])
+
+    def shared(self, crossover, runs=decode):
+        return tables(Auto(crossover).shared_segments(TREE, self.placement, runs))
+
+    def test_that_always_shares_is_hydragen_but_for_nodes_of_one_sequence(self):
+        assert self.shared(ALWAYS) == [
+            ([0, 1, 2, 3, 4, 5], [0, 0, 0, 300, 0], [0, 0, 0, 1, 0], False),
+            ([0, 3, 5], [100, 0], [3, 0], False),
+            ([0, 2, 5], [200, 0], [2, 0], False),
+        ]
+
+    def test_that_never_shares_has_each_sequence_read_the_nodes_above_it_where_they_lie(self):
+        assert self.shared(NEVER) == [
+            ([0, 1, 2, 3, 4, 5], [100, 100, 100, 300, 0], [3, 3, 3, 1, 0], False),
+            ([0, 1, 2, 3, 4, 5], [200, 200, 0, 0, 0], [2, 2, 0, 0, 0], False),
+        ]
+
+    def test_decides_node_by_node(self):
+        assert self.shared(Crossover((2, 3), (9, 3))) == [
+            ([0, 1, 2, 3, 4, 5], [0, 0, 0, 300, 0], [0, 0, 0, 1, 0], False),
+            ([0, 1, 2, 3, 4, 5], [200, 200, 0, 0, 0], [2, 2, 0, 0, 0], False),
+            ([0, 3, 5], [100, 0], [3, 0], False),
+        ]
+
+    def test_decides_anew_when_sequences_have_ended(self):
+        runs = suffix_runs(self.placement, [0, 2, 3], [1] * 3, [2, 4, 3])
+        assert self.shared(Crossover((2, 3), (4, 1)), runs) == [
+            ([0, 1, 2, 3], [100, 100, 300], [3, 3, 1], False),
+            ([0, 1, 2, 3], [200, 0, 0], [2, 0, 0], False),
+        ]
+
+    def test_a_prefill_shares(self):
+        runs = suffix_runs(self.placement, [0, 2, 3, 4], [1, 3, 2, 2], [1, 3, 2, 2])
+        hydragen = tables(get_method("hydragen").shared_segments(TREE, self.placement, runs))
+        assert self.shared(NEVER, runs) == hydragen
+
+    def test_windows_know_where_the_keys_stand(self):
+        segments = Auto(NEVER).shared_segments(TREE, self.placement, self.decode)
+        assert [s.k_positions.tolist() for s in segments] == [[0, 0, 0, 0, 0], [3, 3, 0, 0, 0]]
+
+
+def test_a_crossover_is_that_of_the_next_smaller_number_of_queries():
+    crossover = Crossover((2, 8, 16), (None, 100, 30))
+    queries, lengths = np.array([1, 2, 7, 8, 15, 8, 16, 999]), np.array([10**6, 10**6, 10**6, 100, 100, 99, 30, 29])
+    assert crossover.pays(queries, lengths).tolist() == [False, False, False, True, True, False, True, False]
+
+
 def test_noattention_plans_and_keeps_nothing():
     method = get_method("noattention")
     placement, num_slots = place_in_order(TREE, method.keeps, ROOMS)
@@ -122,7 +173,7 @@ def test_noattention_plans_and_keeps_nothing():
 
 def test_the_registry_names_what_it_holds():
     assert {name: method.name for name, method in METHODS.items()} == {name: name for name in METHODS}
-    with pytest.raises(InputError, match="'x' is not known; accepted: hydragen, hydragen_noshared, noattention$"):
+    with pytest.raises(InputError, match="'x' is not known; accepted: hydragen, hydragen_noshared, noattention, auto$"):
         get_method("x")
 
 

@@ -1,0 +1,253 @@
+"""Where reading a shared node once pays, measured on the device at hand and kept in the user's cache directory.
+
+A fixed rule is wrong on the next device, so attention method ``auto`` asks here. A measurement takes seconds and holds
+for one device, dtype and head shape of a rank, and for the libraries and kernels that it was made with.
+"""
+
+import hashlib
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import kernels
+from engine.attention import Auto
+from engine.attention.crossover import ALWAYS, NEVER, Crossover
+from engine.attention.decode_step import plan_decode_step
+from engine.cpu import read_cpu
+from engine.cuda_graphs import capture
+from engine.distributed import TPGroup
+from engine.files import write_whole
+from engine.kv_cache import make_arena
+from engine.prefix_tree import build_from_levels
+from kernels import AttentionPlan, Backend
+
+SCHEMA_VERSION = 1
+NUM_QUERIES = (2, 4, 8, 16, 32, 64, 128, 256)
+LENGTHS = tuple(16 << i for i in range(11))  # 16 to 16384 tokens
+_OWN_KEYS = 64  # of each sequence beside the node's
+_ROUNDS = 200  # in which both ways take turns, or as many as fit in the time, but not fewer than these
+_MIN_ROUNDS = 3
+_SECONDS = 0.2  # of a trial
+_CALLS_ON_GPU = 10
+_LIBRARIES = ("torch", "triton", "llvmlite", "tributary")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a measurement holds for."""
+
+    device: str
+    num_threads: int  # of a CPU; 0 on a GPU
+    dtype: str
+    num_heads: int  # of one rank
+    num_kv_heads: int
+    head_dim: int
+    backend: str | None  # that was asked for; None: the best for each segment
+    versions: dict[str, str]
+    kernels: str  # a hash of our kernels' sources
+
+    @classmethod
+    def of(
+        cls,
+        device: torch.device,
+        dtype: torch.dtype,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        backend: Backend | None,
+    ) -> "Setting":
+        on_gpu = device.type == "cuda"
+        return cls(
+            device=torch.cuda.get_device_name(device) if on_gpu else read_cpu().name,
+            num_threads=0 if on_gpu else torch.get_num_threads(),
+            dtype=str(dtype).removeprefix("torch."),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            backend=None if backend is None else str(backend),
+            versions=_versions(),
+            kernels=_hash_of_kernels(),
+        )
+
+    @property
+    def path(self) -> Path:
+        """The file that keeps the measurement."""
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return cache_directory() / f"crossover-{digest[:16]}.json"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A decode step's attention to a node of ``length`` keys, and to own ones, by ``num_queries`` queries."""
+
+    num_queries: int
+    length: int
+    shared_ms: float  # the least of the rounds: what else the machine does can only add to a time
+    alone_ms: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A measurement: what decides, and the trials that it rests on."""
+
+    setting: Setting
+    crossover: Crossover
+    trials: tuple[Trial, ...]
+
+
+def cache_directory() -> Path:
+    """Where measurements are kept: ``$TRIBUTARY_CACHE``, or ``tributary`` below ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    if own := os.environ.get("TRIBUTARY_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tributary"
+
+
+def find_crossover(group: TPGroup, setting: Setting, dtype: torch.dtype) -> Crossover:
+    """What decides in this setting, the same on every rank: rank 0 reads it, or measures and keeps it."""
+    return group.on_rank_0(lambda: _read_or_measure(setting, group.device, dtype)).crossover
+
+
+def _read_or_measure(setting: Setting, device: torch.device, dtype: torch.dtype) -> Calibration:
+    if (known := read(setting.path)) is not None and known.setting == setting:
+        return known
+    calibration = measure(setting, device, dtype)
+    try:
+        write(calibration)
+    except OSError as error:
+        warnings.warn(f"a calibration could not be kept, and is made again by the next process: {error}", stacklevel=2)
+    return calibration
+
+
+# ---- measuring
+
+
+def measure(setting: Setting, device: torch.device, dtype: torch.dtype) -> Calibration:
+    """Tries nodes from long to short for each number of queries, until sharing does not pay.
+
+    The more queries, the shorter the node from which on it pays; so each number begins where the one before ended.
+    """
+    work = _Work(setting, device, dtype)
+    trials: list[Trial] = []
+    least: list[int | None] = []
+    for num_queries in NUM_QUERIES:
+        begin = LENGTHS[-1] if not least or least[-1] is None else least[-1]
+        found = None
+        for length in (length for length in reversed(LENGTHS) if length <= begin):
+            trials.append(work.try_both(num_queries, length))
+            if trials[-1].shared_ms >= trials[-1].alone_ms:
+                break
+            found = length
+        least.append(found)
+    return Calibration(setting, Crossover(NUM_QUERIES, tuple(least)), tuple(trials))
+
+
+class _Work:
+    """Keys, values and queries of a layer that has room for every trial."""
+
+    def __init__(self, setting: Setting, device: torch.device, dtype: torch.dtype):
+        self._device, self._dtype = device, dtype
+        self._backend = None if setting.backend is None else Backend(setting.backend)
+        num_slots = LENGTHS[-1] + NUM_QUERIES[-1] * _OWN_KEYS
+        shape = (num_slots, setting.num_kv_heads, setting.head_dim)
+        self._keys, self._values = (make_arena(*shape, dtype, device).normal_() for _ in range(2))
+        self._queries = torch.randn(NUM_QUERIES[-1], setting.num_heads, setting.head_dim, device=device).to(dtype)
+
+    def try_both(self, num_queries: int, length: int) -> Trial:
+        tree = build_from_levels([[[0] * length], [[0]] * num_queries])
+        calls = [self._prepared(Auto(crossover), tree) for crossover in (ALWAYS, NEVER)]
+        for call in calls:
+            self._time(call)
+        times, began = [], time.perf_counter()
+        while len(times) < _MIN_ROUNDS or (len(times) < _ROUNDS and time.perf_counter() - began < _SECONDS):
+            times.append([self._time(call) for call in calls])
+        shared, alone = (min(own) * 1e3 for own in zip(*times, strict=True))
+        return Trial(num_queries, length, shared, alone)
+
+    def _prepared(self, method: Auto, tree) -> Callable[[], object]:
+        step = plan_decode_step(method, tree, _OWN_KEYS)
+        plan = AttentionPlan.of(step.segments, self._device, self._dtype, self._backend)
+        queries, scale = self._queries[: tree.num_sequences], self._queries.shape[2] ** -0.5
+
+        def attend() -> object:
+            return plan.run(queries, self._keys, self._values, scale)
+
+        return capture(attend, self._device)[0] if self._device.type == "cuda" else attend
+
+    def _time(self, call: Callable[[], object]) -> float:
+        """Seconds of one call; on a GPU the mean of a few, so that the wait for it does not count."""
+        num_calls = _CALLS_ON_GPU if self._device.type == "cuda" else 1
+        self._synchronize()
+        began = time.perf_counter()
+        for _ in range(num_calls):
+            call()
+        self._synchronize()
+        return (time.perf_counter() - began) / num_calls
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+# ---- files
+
+
+def write(calibration: Calibration) -> None:
+    path = calibration.setting.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps({"schema_version": SCHEMA_VERSION} | asdict(calibration), indent=1).encode())
+
+
+def read(path: Path) -> Calibration | None:
+    """What a file holds; None for one that is missing, damaged or of another version, as it is then measured anew."""
+    try:
+        fields = json.loads(path.read_bytes())
+        if fields.pop("schema_version") != SCHEMA_VERSION:
+            return None
+        crossover = fields["crossover"]
+        return Calibration(
+            Setting(**fields["setting"]),
+            _checked(Crossover(tuple(crossover["num_queries"]), tuple(crossover["lengths"]))),
+            tuple(Trial(**trial) for trial in fields["trials"]),
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, AssertionError, RecursionError):
+        return None
+
+
+def _checked(crossover: Crossover) -> Crossover:
+    """Raises ValueError for what no measurement has."""
+    if crossover.num_queries != NUM_QUERIES or not set(crossover.lengths) <= {*LENGTHS, None}:
+        raise ValueError("not a crossover of these measurements")
+    return crossover
+
+
+def kept() -> list[tuple[Path, Calibration | None]]:
+    """Every file of the cache directory and what it holds, None for one that cannot be used."""
+    return [(path, read(path)) for path in sorted(cache_directory().glob("crossover-*.json"))]
+
+
+@cache
+def _versions() -> dict[str, str]:
+    installed = {}
+    for name in _LIBRARIES:
+        try:
+            installed[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+@cache
+def _hash_of_kernels() -> str:
+    digest = hashlib.sha256()
+    folder = Path(kernels.__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
