@@ -42,6 +42,11 @@ class TPGroup:
         self.device = torch.device(device)
         self._peers, self._host = peers, host
 
+    @property
+    def is_capturable(self) -> bool:
+        """Whether a CUDA graph can hold the collectives of tensors."""
+        return self.size == 1 or dist.get_backend() == "nccl"
+
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, in place."""
         if self.size > 1 and not (self._host is not None and self._host.all_reduce(tensor)):

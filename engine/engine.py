@@ -14,6 +14,7 @@ from engine.arena import Arena
 from engine.attention import AttentionMethod, Auto, get_method
 from engine.attention.crossover import Crossover
 from engine.calibration import Setting, find_crossover
+from engine.decode_graphs import DecodeGraphs
 from engine.decoding import Generated, full_logits
 from engine.errors import InputError
 from engine.generation import Generation, OnEnded, OnFailed, OnTokens, Options
@@ -24,7 +25,7 @@ from engine.rope import rope_length
 from engine.sampling import SamplingParams
 from engine.shared_levels import SharedLevels, even_parents
 from engine.tokenizer import Tokenizer
-from kernels import check_backend
+from kernels import Backend, check_backend
 
 SHARED_CACHE_OPS = ("wipe", "preserve", "extend")
 
@@ -64,7 +65,7 @@ class Engine:
 
     The arena is sized by the work, up to the memory that is there; ``setup_caches`` sizes it ahead instead. More work
     than fits, or than ``max_batch_size`` sequences, waits for those that run to end. The tokenizer serves stop strings
-    alone.
+    alone. With ``cuda_graphs`` decode steps are captured and replayed, with attention by Triton.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Engine:
         max_batch_size: int = 1024,
         tokenizer: Tokenizer | None = None,
         attention_backend: str | None = None,
+        cuda_graphs: bool = False,
     ):
         if attention_backend is not None:
             weight = model.embedding.weight
@@ -86,11 +88,12 @@ class Engine:
             raise InputError(f"max_batch_size is {max_batch_size}; accepted: 1 sequence or more; raise it")
         self.model = model
         self.max_batch_size = max_batch_size
+        self._graphs = self._make_graphs() if cuda_graphs else None
         self._maker = RequestMaker(model.config, eos_token_ids, tokenizer)
         self.arena = Arena(model)
         self._shared = SharedLevels(model, self.arena)
 
-    # ---- attention methods ----
+    # ---- attention methods and CUDA graphs ----
 
     @cached_property
     def crossover(self) -> Crossover:
@@ -103,6 +106,23 @@ class Engine:
     def _method(self, name: str) -> AttentionMethod:
         method = get_method(name)
         return Auto(self.crossover) if isinstance(method, Auto) else method
+
+    def _make_graphs(self) -> DecodeGraphs:
+        """Raises InputError where decode steps cannot be captured."""
+        group, backend = self.model.group, self.model.attention_backend
+        if group.device.type != "cuda":
+            raise InputError(f"CUDA graphs were asked for on {group.device.type}; accepted: on CUDA; leave them out")
+        if not group.is_capturable:
+            raise InputError(
+                f"CUDA graphs were asked for on {group.size} ranks that gloo connects, which waits for the device; "
+                "accepted: one rank, or a GPU for each; leave them out"
+            )
+        if backend not in (None, Backend.TRITON):
+            raise InputError(
+                f"CUDA graphs were asked for with attention backend {str(backend)!r}; accepted: none, or "
+                f"{str(Backend.TRITON)!r}, whose tables have fixed places; leave one of them out"
+            )
+        return DecodeGraphs(self.model)
 
     # ---- caches and kept levels ----
 
@@ -335,6 +355,7 @@ class Engine:
                 [requests[number] for number in members],
                 None if starting_logits is None else starting_logits[members],
                 options,
+                self._graphs,
             )
             for number, result in zip(members, generation.run(), strict=True):
                 results[number] = result

@@ -7,11 +7,12 @@ import numpy as np
 import torch
 
 from engine.attention import AttentionMethod, Placement, Runs
+from engine.decode_graphs import DecodeGraphs, bucket_of
 from engine.kv_cache import KVCache
 from engine.model import Step, Transformer
 from engine.prefix_tree import PrefixTree
 from engine.prompt_logprobs import PromptLogprobs
-from kernels import AttentionPlan, Planner, Segment
+from kernels import Planner, Segment
 from kernels.window import within_window
 
 
@@ -20,7 +21,7 @@ class Executor:
 
     ``placement`` says where those that are run lie, in ``cache``. ``node_hidden`` has the normalised hidden state of
     the last token, (hidden,), for each node whose keys and values are there: ``prefill`` adds those that it computes,
-    and computes none of them again.
+    and computes none of them again. Decode steps go through ``graphs`` where they are given.
     """
 
     def __init__(
@@ -31,7 +32,9 @@ class Executor:
         placement: Placement,
         node_hidden: dict[int, torch.Tensor],
         cache: KVCache | None,
+        graphs: DecodeGraphs | None = None,
     ):
+        self._graphs = graphs
         self.model, self.method, self.tree, self.placement = model, method, tree, placement
         self.node_hidden, self.cache = node_hidden, cache
         self.window = model.config.sliding_window
@@ -84,13 +87,20 @@ class Executor:
             self._active, self._paths = active, self.tree.paths(self.tree.table.leaf_node[active])
         own_lens = self.tree.table.suffix_length[active] + num_generated
         runs = self._suffix_runs(active, self._paths, np.ones_like(active), own_lens)
-        positions = runs.positions + own_lens - 1
+        if self._graphs is not None:
+            runs = runs.padded(bucket_of(len(active)))
+        # Rows that stand for no sequence are at position 0.
+        positions = np.maximum(runs.positions + runs.own_lens - 1, 0)
         if not is_same:
             self._shared_segments = self.method.shared_segments(self.tree, self.placement, runs)
-        plan = self._plan(self.method.own_segments(runs) + self._shared_segments, positions)
-        slots = runs.own_starts + own_lens - 1
+        segments = self._within_window(self.method.own_segments(runs) + self._shared_segments, positions)
+        slots = runs.own_starts + runs.own_lens - 1
+        if self._graphs is not None:
+            if self.cache is not None:
+                slots[len(active) :] = self.cache.scratch_slot
+            return self._graphs.run(tokens, positions, slots, segments, self.cache)
         step = Step(tokens, self._tensor(positions), self._tensor(slots) if self.cache else None, None)
-        return self.model(step, plan, self.cache)
+        return self.model(step, self._planner.plan(segments), self.cache)
 
     def _forward(self, tokens: list[np.ndarray], runs: Runs, whole: np.ndarray | None) -> list[torch.Tensor]:
         """Each run's hidden states: of all its tokens where ``whole`` (R,) says so, else of its last one."""
@@ -106,13 +116,14 @@ class Executor:
             self._tensor(slots) if self.cache else None,
             self._tensor(np.flatnonzero(wanted)),
         )
-        hidden = self.model(step, self._plan(segments, positions), self.cache)
+        plan = self._planner.plan(self._within_window(segments, positions))
+        hidden = self.model(step, plan, self.cache)
         return list(hidden.split(np.diff(np.flatnonzero(is_last[wanted]), prepend=-1).tolist()))
 
-    def _plan(self, segments: list[Segment], q_positions: np.ndarray) -> AttentionPlan:
-        if self.window is not None:
-            segments = [part for segment in segments for part in within_window(segment, q_positions, self.window)]
-        return self._planner.plan(segments)
+    def _within_window(self, segments: list[Segment], q_positions: np.ndarray) -> list[Segment]:
+        if self.window is None:
+            return segments
+        return [part for segment in segments for part in within_window(segment, q_positions, self.window)]
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self.device, non_blocking=True)

@@ -11,6 +11,7 @@ import torch
 
 from engine.arena import Arena, NoRoomError
 from engine.attention import AttentionMethod, Keeps
+from engine.decode_graphs import DecodeGraphs
 from engine.decoding import Decoder, DecodingError, Generated
 from engine.errors import InputError
 from engine.executor import Executor
@@ -87,6 +88,7 @@ class Generation:
         requests: Sequence[Request],
         starting_logits: torch.Tensor | None,
         options: Options,
+        graphs: DecodeGraphs | None = None,
     ):
         self._model, self._arena, self._tree, self._options = model, arena, tree, options
         order = np.array(tree.order)
@@ -98,7 +100,7 @@ class Generation:
         self._prompt_logprobs = PromptLogprobs(model, tree, self._requests) if asked else None
         scoring_bytes = self._prompt_logprobs.activation_bytes if self._prompt_logprobs else 0
         self._room = TreeRoom(arena, model, tree, options.method, rooms, kept, scoring_bytes)
-        self._executor = Executor(model, options.method, tree, self._room.placement, self._room.node_hidden, None)
+        self._executor = Executor(model, options.method, tree, self._room.placement, self._room.node_hidden, None, graphs)
         self._decoder = Decoder(
             self._executor,
             self._requests,

@@ -92,7 +92,10 @@ def make_arena(
 
 
 class KVCache:
-    """One arena of keys and one of values per layer, ``(S, Hkv, D)``, zeroed: every slot is finite at all times."""
+    """One arena of keys and one of values per layer, ``(S, Hkv, D)``, zeroed: every slot is finite at all times.
+
+    But for one more slot behind them, ``scratch_slot``, which nobody reads: rows that stand for no sequence write there.
+    """
 
     def __init__(
         self, config: ModelConfig, num_kv_heads: int, num_slots: int, dtype: torch.dtype, device: torch.device
@@ -101,18 +104,23 @@ class KVCache:
         self._shape = (num_kv_heads, config.head_dim)
         self._dtype, self._device = dtype, device
         self._layers = [[self._arena(num_slots), self._arena(num_slots)] for _ in range(config.num_layers)]
+        self.placement = object()  # another one when the arenas have moved
 
     def _arena(self, num_slots: int) -> torch.Tensor:
-        return make_arena(num_slots, *self._shape, self._dtype, self._device)
+        return make_arena(num_slots + 1, *self._shape, self._dtype, self._device)
 
     @staticmethod
     def bytes_per_slot(config: ModelConfig, num_kv_heads: int, dtype: torch.dtype) -> int:
         return 2 * config.num_layers * num_kv_heads * config.head_dim * dtype.itemsize
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values, each ``(S, Hkv, D)``."""
+        """Keys and values, each ``(S + 1, Hkv, D)``."""
         keys, values = self._layers[index]
         return keys, values
+
+    @property
+    def scratch_slot(self) -> int:
+        return self.num_slots
 
     def copy(self, source: int, length: int, targets: list[int]) -> None:
         """Copies ``length`` slots from ``source`` on to each of ``targets``, in every layer."""
@@ -134,6 +142,7 @@ class KVCache:
 
         When memory fails midway, every layer holds at least ``num_slots`` slots, and resizing can be tried again.
         """
+        self.placement = object()
         kept = self.num_slots = min(self.num_slots, num_slots)
         for index in range(len(self._layers)):
             # Both or neither: attention reads them by the same strides. A failure may have left them longer.

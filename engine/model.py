@@ -175,6 +175,11 @@ class Transformer(nn.Module):
         """KV heads that this rank holds."""
         return self.layers[0].attention.num_kv_heads
 
+    @property
+    def rotary_table(self) -> torch.Tensor:
+        """(L, 2, P) float32: cosines and sines of the last ``prepare``."""
+        return self._cos_sin_L2P
+
     def prepare(self, num_positions: int, rope_length: int = 0) -> None:
         """Makes the rotary table, for positions below ``num_positions`` of sequences of this ``rope_length``."""
         if self._cos_sin_L2P.shape[0] >= num_positions and self._rope_length == rope_length:

@@ -35,6 +35,23 @@ class Runs:
         return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self.num_new)])
 
 
+    def padded(self, num_runs: int) -> "Runs":
+        """With runs of one new token at the end, up to ``num_runs``, that belong to nobody and see no key."""
+        more = num_runs - len(self.num_new)
+
+        def pad(values: np.ndarray, filler: int) -> np.ndarray:
+            return np.append(values, np.full(more, filler, dtype=np.int64))
+
+        return Runs(
+            num_new=pad(self.num_new, 1),
+            positions=pad(self.positions, 0),
+            own_starts=pad(self.own_starts, 0),
+            own_lens=pad(self.own_lens, 0),
+            own_rooms=pad(self.own_rooms, 0),
+            paths=np.pad(self.paths, ((0, 0), (0, more)), constant_values=-1),
+        )
+
+
 class AttentionMethod(ABC):
     """Plans the segments of a forward pass. Stateless: one instance serves every call."""
 

@@ -220,34 +220,33 @@ class TritonPlan:
     def __init__(self, segments: Sequence[Segment], device: torch.device):
         self._segments, self._device = segments, device
         self._heads: HeadShape | None = None
-        self._items: LaidOut | None = None
+        self._laid_out: LaidOut | None = None
 
     def run(self, q_THD, k_SHD, v_SHD, scale, state=None):
-        """As ``kernels.attention.Evaluation`` has it; ``out`` is in the queries' dtype.
+        """As ``kernels.attention.Evaluation`` has it; ``out`` is in the queries' dtype without a ``state``.
 
         Raises ValueError for a dtype, head dimension or scale that the kernel was not made for.
         """
         heads = HeadShape(q_THD.shape[1], k_SHD.shape[1], q_THD.shape[2], q_THD.dtype)
         if heads != self._heads:
-            self._items = LaidOut.of(self._segments, heads, self._device)
+            layout, items = lay_out(self._segments, heads, num_processors(self._device))
+            self._laid_out = LaidOut(layout, torch.from_numpy(items).to(self._device, non_blocking=True))
             self._heads = heads
-        own = self._items.run(q_THD, k_SHD, v_SHD, scale)
-        return own if state is None else merge_states(*state, *own)
+        return self._laid_out.run(q_THD, k_SHD, v_SHD, scale, state)
 
 
 class LaidOut:
-    """A layout, and a table of its items on the device, of which another can take the place (``table``)."""
+    """A layout, and on the device the table of its items, into which those of another of equal layout may be written."""
 
-    def __init__(self, layout: Layout, table: torch.Tensor):
-        self.layout, self.table = layout, table
+    def __init__(self, layout: Layout, items: torch.Tensor):
+        self.layout, self.items = layout, items
 
-    @classmethod
-    def of(cls, segments: Sequence[Segment], heads: HeadShape, device: torch.device, fixed: bool = False) -> "LaidOut":
-        layout, items = lay_out(segments, heads, num_processors(device), fixed)
-        return cls(layout, torch.from_numpy(items).to(device, non_blocking=True))
+    def run(self, q_THD, k_SHD, v_SHD, scale, state=None):
+        """As ``TritonPlan.run``."""
+        own = self._run(q_THD, k_SHD, v_SHD, scale)
+        return own if state is None else merge_states(*state, *own)
 
-    def run(self, q_THD, k_SHD, v_SHD, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """The state over all keys: ``out (T, Hq, D)`` in the queries' dtype, ``lse (T, Hq)`` float32."""
+    def _run(self, q_THD, k_SHD, v_SHD, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         _check(q_THD, k_SHD, scale)
         layout, (T, Hq, D), Hkv = self.layout, q_THD.shape, k_SHD.shape[1]
         assert layout.num_queries == T, f"{T} queries for items of {layout.num_queries}: the rest stay unset"
@@ -264,7 +263,7 @@ class LaidOut:
         with on_device(q_THD):
             for launch in layout.launches:
                 final = launch.merges or not layout.num_planes
-                items = self.table[first_item : first_item + launch.num_items]
+                items = self.items[first_item : first_item + launch.num_items]
                 first_item += launch.num_items
                 _attend[(launch.num_items, Hkv)](
                     *(q_THD, k_SHD, v_SHD, *((out, lse) if final else planes), planes_out, planes_lse, items),

@@ -111,7 +111,7 @@ class _Cut:
 
 
 def lay_out(
-    segments: Sequence[Segment], heads: HeadShape, num_processors: int, fixed: bool
+    segments: Sequence[Segment], heads: HeadShape, num_processors: int, fixed: bool = False
 ) -> tuple[Layout, np.ndarray]:
     """The launches for segments over the same queries, and the table ``(N, Item.COUNT)`` int32 of their items.
 

@@ -277,8 +277,9 @@ class TestAFixedLayout:
         segments, arena = decode_segments(11, 70, [3] * 11)
         q, k, v = make_inputs(segments[0], arena, 8, 2, 32, torch.float32)
         heads = HeadShape(8, 2, 32, torch.float32)
-        exact, padded = (LaidOut.of(segments, heads, DEVICE, fixed) for fixed in (False, True))
-        assert len(padded.table) > len(exact.table)
+        layouts = [lay_out(segments, heads, 8, fixed) for fixed in (False, True)]
+        exact, padded = (LaidOut(layout, torch.from_numpy(items).to(DEVICE)) for layout, items in layouts)
+        assert len(padded.items) > len(exact.items)
         states = [laid_out.run(*(x.to(DEVICE) for x in (q, k, v)), 0.2) for laid_out in (exact, padded)]
         assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
