@@ -70,6 +70,8 @@ class Evaluation(Protocol):
     ) -> State:
         """The segments' state: ``out (T, Hq, D)``, ``lse (T, Hq)`` float32, natural log.
 
+        The last dimension of ``q``, ``k`` and ``v`` is contiguous; ``AttentionPlan`` sees to that.
+
         Merged with ``state``, one over other keys, where that is given: its tensors are then used up.
         """
 
@@ -131,6 +133,8 @@ class AttentionPlan:
 
     def run_state(self, q_THD: torch.Tensor, k_SHD: torch.Tensor, v_SHD: torch.Tensor, scale: float) -> State:
         """``out (T, Hq, D)``, in float32 or the queries' dtype, and ``lse (T, Hq)``, of a plan that has segments."""
+        # Every backend reads a head's numbers from one piece.
+        q_THD, k_SHD, v_SHD = (x if x.stride(2) == 1 else x.contiguous() for x in (q_THD, k_SHD, v_SHD))
         state = None
         for evaluation in self.evaluations:
             state = evaluation.run(q_THD, k_SHD, v_SHD, scale, state)

@@ -45,7 +45,6 @@ class SimdPlan:
         Hkv = k_SHD.shape[1]
         if q_THD.stride()[1:] != (D, 1):
             q_THD = q_THD.contiguous()
-        k_SHD, v_SHD = (x if x.stride(2) == 1 else x.contiguous() for x in (k_SHD, v_SHD))
         table = self._table(Hkv, Hq // Hkv)
         # Parts of a segment, which run at the same time, cannot be merged as they are written.
         merges = state is not None and table.num_parts == 1 and _is_plain(state[0]) and _is_plain(state[1])

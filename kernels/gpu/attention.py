@@ -250,7 +250,6 @@ class LaidOut:
         _check(q_THD, k_SHD, scale)
         layout, (T, Hq, D), Hkv = self.layout, q_THD.shape, k_SHD.shape[1]
         assert layout.num_queries == T, f"{T} queries for items of {layout.num_queries}: the rest stay unset"
-        q_THD, k_SHD, v_SHD = (x if x.stride(2) == 1 else x.contiguous() for x in (q_THD, k_SHD, v_SHD))
         out, lse = q_THD.new_empty(T, Hq, D), q_THD.new_empty(T, Hq, dtype=torch.float32)
         if T == 0:
             return out, lse

@@ -4,6 +4,7 @@ import pytest
 import torch
 from models import hf_model, our_model
 
+from engine.attention.crossover import Crossover
 from engine.distributed import TPGroup
 from engine.engine import Engine, Levels
 from engine.errors import InputError
@@ -104,6 +105,20 @@ def test_kept_levels_and_starting_logits(method):
     for mine, theirs in zip([*below_there, started_there], [*below, started], strict=True):
         assert_same(mine, theirs, torch.float16)
     assert all(torch.equal(r.logits[0].cpu(), row) for (r,), row in zip(started_there, start, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("method", ["hydragen", "hydragen_noshared", "noattention", "auto"])
+def test_steps_as_graphs(method, dtype):
+    """Captured and replayed, for batches that fill no bucket too, and again in a call of other lengths."""
+    cpu, device = engines(dtype=dtype, cuda_graphs=True)
+    cpu.crossover = device.crossover = Crossover((2, 4), (100, 2))
+    for prompts in (PROMPTS, [prompt + (5, 6) for prompt in PROMPTS[::-1]]):
+        params = [SamplingParams(n=3, temperature=0, max_tokens=9, ignore_eos=True)] * len(prompts)
+        forced = [ids(9, 200 + i) for i in range(len(prompts))]
+        options = {"attention": method, "forced_tokens": forced, "return_logits": True}
+        assert_same(device.generate(prompts, params, **options), cpu.generate(prompts, params, **options), dtype)
+    assert any(graph.replay is not None for graph in device._graphs._graphs.values())
 
 
 @pytest.mark.parametrize("method", ["hydragen", "hydragen_noshared"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from segments import TOLERANCE, assert_state, make_inputs, make_segment
 
-from kernels import merge_states, reference, simd
+from kernels import Segment, merge_states, reference, simd
 from kernels.attention_simd import SimdPlan, _Table
 
 pytestmark = pytest.mark.skipif(simd.host() is None, reason="kernels cannot be compiled for this CPU, or no llvmlite")
@@ -110,6 +110,26 @@ def test_merges_with_a_state(num_keys, plain):
     assert (lse[3] == float("-inf")).all() and (out[3] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("num_threads", [1, 4])
+def test_keys_in_several_ranges(dtype, num_threads):
+    """Segments of equal rows are one table: empty ranges, a causal one, ranges split between threads."""
+    causal, arena = make_segment([3, 1, 2], [70, 1, 1400], True)
+    ranges = [(np.array([5, 300, 0]), np.array([0, 17, 129])), (np.array([9, 9, 9]), np.array([1100, 0, 3]))]
+    segments = [causal, *(Segment(causal.q_offsets, starts, lens) for starts, lens in ranges)]
+    q, k, v = make_inputs(causal, arena, 6, 2, 24, dtype)
+    expected = expected_state(q, k, v, causal, 0.2)
+    for segment in segments[1:]:
+        expected = reference.merge(*expected, *expected_state(q, k, v, segment, 0.2))
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        for order in (segments, segments[::-1]):
+            assert_state(*SimdPlan(order).run(q, k, v, 0.2), *expected, dtype)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_strided_inputs():
     """Queries inside a fused projection, arenas laid out head by head and token by token."""
     segment, arena = make_segment([3, 1], [66, 5], True)
@@ -126,30 +146,34 @@ def test_strided_inputs():
         torch.testing.assert_close(lse, expected[1], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("num_keys", [1, 15, 63, 67])
-def test_nothing_past_the_last_key_is_read(num_keys, dtype):
+def test_nothing_past_the_last_key_is_read():
     """A page that may not be read follows the arenas, in a process of its own: reading there would end it."""
-    code = f"""
+    code = """
 import ctypes, mmap
 import numpy as np, torch
 from kernels import Segment
 from kernels.attention_simd import SimdPlan
 
-def arena():
+def arena(num_keys, dtype):
     size = 4 * mmap.PAGESIZE
     pages = mmap.mmap(-1, size + mmap.PAGESIZE)
     end = ctypes.addressof(ctypes.c_char.from_buffer(pages)) + size
     assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), mmap.PAGESIZE, 0) == 0
-    num_bytes = {num_keys} * 2 * 17 * {dtype}.itemsize
-    flat = torch.frombuffer(pages, dtype={dtype}, count={num_keys} * 2 * 17, offset=size - num_bytes)
-    return flat.fill_(0.5).view(2, {num_keys}, 17).transpose(0, 1)
+    count = num_keys * 2 * 17
+    flat = torch.frombuffer(pages, dtype=dtype, count=count, offset=size - count * dtype.itemsize)
+    return flat.fill_(0.5).view(2, num_keys, 17).transpose(0, 1)
 
-segment = Segment(np.array([0, 3]), np.array([0]), np.array([{num_keys}]), False)
-out, _ = SimdPlan([segment]).run(torch.ones(3, 4, 17, dtype={dtype}), arena(), arena(), 0.25)
-torch.testing.assert_close(out, torch.full((3, 4, 17), 0.5))
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for num_keys in (1, 15, 63, 67):
+        print(dtype, num_keys, flush=True)
+        segment = Segment(np.array([0, 3]), np.array([0]), np.array([num_keys]), False)
+        keys, values = arena(num_keys, dtype), arena(num_keys, dtype)
+        out, _ = SimdPlan([segment]).run(torch.ones(3, 4, 17, dtype=dtype), keys, values, 0.25)
+        torch.testing.assert_close(out, torch.full((3, 4, 17), 0.5))
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, f"ended by {done.returncode} after {done.stdout.splitlines()[-1:]}: {done.stderr[-2000:]}"
+    assert len(done.stdout.splitlines()) == 12
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

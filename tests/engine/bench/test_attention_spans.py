@@ -10,11 +10,10 @@ from engine.bench.engine_mode import EngineMode
 from engine.bench.results import Cell
 from engine.decoding import _Chooser
 from engine.distributed import TPGroup
-from engine.executor import Executor
 from engine.loader import load_model
 from engine.model import MLP
 from engine.sampling import SamplingParams
-from kernels import AttentionPlan
+from kernels import AttentionPlan, Planner
 
 CPU = torch.device("cpu")
 NUM_LAYERS = 2
@@ -22,7 +21,7 @@ NUM_LAYERS = 2
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Moved by attention 3 ms a layer, planning 5 ms a list of segments, choosing 20 ms, and 1000 ms by the rest."""
+    """Moved by attention 3 ms a layer, planning 5 ms a step, choosing 20 ms, and 1000 ms by the rest."""
     clock = Clock()
     monkeypatch.setattr(attention_spans, "time", clock)
 
@@ -36,7 +35,7 @@ def clock(monkeypatch):
         monkeypatch.setattr(owner, name, slowed)
 
     slow_down(AttentionPlan, "run", 3)
-    slow_down(Executor, "_plan", 5)
+    slow_down(Planner, "plan", 5)
     slow_down(_Chooser, "choose", 20)
     slow_down(MLP, "forward", 1000)
     return clock
@@ -51,7 +50,6 @@ def mode():
 
 
 def test_a_step_is_attention_planning_and_choice(clock, mode):
-    """Two segments are planned in the first step, shared and own, and the own one in those after it."""
     with AttentionSpans(mode.engine.model, CPU) as spans:
         mode.generate(4)
     assert spans.median_ms() == pytest.approx(NUM_LAYERS * 3 + 5 + 20)
