@@ -89,8 +89,7 @@ class Executor:
             shared_segments = self.method.shared_segments(self.tree, self.placement, runs)
             self._shared_plan = self._plan(shared_segments, positions)
         plan = AttentionPlan(self._plan(self.method.own_segments(runs), positions) + self._shared_plan)
-        slots = runs.own_starts + own_lens - 1
-        step = Step(tokens, self._tensor(positions), self._tensor(slots) if self.cache else None, None)
+        step = self._step(tokens, positions, runs.own_starts + own_lens - 1, None)
         return self.model(step, plan, self.cache)
 
     def _forward(self, tokens: list[np.ndarray], runs: Runs, whole: np.ndarray | None) -> list[torch.Tensor]:
@@ -101,14 +100,20 @@ class Executor:
         slots = np.repeat(runs.own_starts, runs.num_new) + within
         is_last = within == np.repeat(runs.num_new, runs.num_new) - 1
         wanted = is_last if whole is None else is_last | np.repeat(whole, runs.num_new)
-        step = Step(
-            self._tensor(np.concatenate(tokens)),
-            self._tensor(positions),
-            self._tensor(slots) if self.cache else None,
-            self._tensor(np.flatnonzero(wanted)),
-        )
+        step = self._step(self._tensor(np.concatenate(tokens)), positions, slots, np.flatnonzero(wanted))
         hidden = self.model(step, AttentionPlan(self._plan(segments, positions)), self.cache)
         return list(hidden.split(np.diff(np.flatnonzero(is_last[wanted]), prepend=-1).tolist()))
+
+    def _step(
+        self, tokens: torch.Tensor, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray | None
+    ) -> Step:
+        return Step(
+            tokens,
+            self._tensor(positions),
+            self._tensor(slots) if self.cache else None,
+            None if rows is None else self._tensor(rows),
+            self.model.operations_backend,
+        )
 
     def _plan(self, segments: list[Segment], q_positions: np.ndarray) -> list[PlannedSegment]:
         if self.window is not None:
