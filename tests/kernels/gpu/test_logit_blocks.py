@@ -58,6 +58,14 @@ def test_masses(has_min_p, width, dtype):
     torch.testing.assert_close(found, expected, rtol=5e-6, atol=1e-30)
 
 
+def test_sums_are_in_float64():
+    """A float32 sum would lose most of what lies beside the peak."""
+    logits = torch.full((1, BLOCK), -18.0)
+    logits[0, 0] = 0.0
+    expected = 1 + (BLOCK - 1) * math.exp(-18)
+    assert float(masses(logits, None, torch.zeros(1), torch.ones(1), None)) == pytest.approx(expected, rel=1e-11)
+
+
 def test_of_some_rows():
     logits, rows = randn(7, 300, dtype=torch.bfloat16), torch.tensor([1, 4, 6])
     peak, temperature, log_min_p = logits[rows].float().amax(-1), torch.tensor([0.5, 1.0, 2.0]), torch.full((3,), -2.0)

@@ -95,14 +95,13 @@ def test_strides():
 
 @pytest.mark.parametrize("by_head", [True, False])
 def test_places_beyond_32_bits(by_head):
-    """In an arena of which only what is written takes memory."""
-    num_slots = 2**26 + 8
-    shape = (2, num_slots, 16) if by_head else (num_slots, 2, 16)
-    arenas = [torch.empty(shape, dtype=torch.float16, device=DEVICE) for _ in range(2)]
-    keys, values = (arena.transpose(0, 1) if by_head else arena for arena in arenas)
-    slots = torch.tensor([num_slots - 1, 0, num_slots - 5])
-    qkv, cos, sin = rotary_inputs(3, 6, 16, 16, False, torch.float16)
-    k, v = qkv[:, 2:].clone().split(2, dim=1)
+    """Three heads of a slot, or three slots, that lie 2^30 elements apart. Only what is written takes memory."""
+    memory = torch.empty(2**31 + 128, dtype=torch.float16, device=DEVICE)
+    strides = (32, 2**30, 1) if by_head else (2**30, 32, 1)
+    keys, values = (memory.as_strided((3, 3, 16), strides, offset) for offset in (0, 16))
+    slots = torch.tensor([2, 0, 1])
+    qkv, cos, sin = rotary_inputs(3, 8, 16, 16, False, torch.float16)
+    k, v = qkv[:, 2:].clone().split(3, dim=1)
     qkv, *angles = on_device(qkv, cos, sin)
     rotate_into_cache_(qkv, *angles, keys, values, slots.to(DEVICE), False, Backend.TRITON)
     assert_close(keys[slots], rotated(k, cos, sin, False), torch.float16)
