@@ -3,7 +3,7 @@
 What follows them looks at a few blocks. Sums are in float64, of float32 terms.
 
 Shapes: B rows of logits, R rows that are wanted, V entries, N blocks of BLOCK entries, of which a row's last may be
-shorter.
+shorter, E entries of a block.
 """
 
 import math
@@ -26,7 +26,7 @@ def block_maxima(logits_BV: torch.Tensor, backend: Backend | None = None) -> tor
         from kernels.gpu import logit_blocks  # here, as Triton takes long to import
 
         return logit_blocks.block_maxima(logits_BV, BLOCK)
-    return _blocks(logits_BV).amax(-1)
+    return _blocks(logits_BV, BLOCK).amax(-1)
 
 
 def block_masses(
@@ -36,16 +36,19 @@ def block_masses(
     temperature_R: torch.Tensor,
     log_min_p_R: torch.Tensor | None = None,
     backend: Backend | None = None,
+    block: int = BLOCK,
 ) -> torch.Tensor:
     """``(R, N)`` float64: the sum of each block's ``weights``, of the rows ``rows`` (int64); of all where it is None.
 
-    NaN, and a peak that is infinite, make masses NaN. Raises ValueError for a ``backend`` that cannot run here.
+    ``block``, a power of two, is the number of its entries: with 1, masses are the entries' own, of the very terms that
+    larger blocks sum. NaN, and a peak that is infinite, make masses NaN. Raises ValueError for a ``backend`` that
+    cannot run here.
     """
     if choose_backend(backend, logits_BV, has_simd=False) == Backend.TRITON:
         from kernels.gpu import logit_blocks
 
-        return logit_blocks.block_masses(logits_BV, rows_R, peak_R, temperature_R, log_min_p_R, BLOCK)
-    blocks_RNE = _blocks(logits_BV if rows_R is None else logits_BV[rows_R])
+        return logit_blocks.block_masses(logits_BV, rows_R, peak_R, temperature_R, log_min_p_R, block)
+    blocks_RNE = _blocks(logits_BV if rows_R is None else logits_BV[rows_R], block)
     return weights(exponents(blocks_RNE, peak_R, temperature_R), log_min_p_R).sum(-1, dtype=torch.float64)
 
 
@@ -74,10 +77,10 @@ def _beside(by_row_R: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return by_row_R.view((-1,) + (1,) * (values.dim() - 1))
 
 
-def _blocks(logits_BV: torch.Tensor) -> torch.Tensor:
-    """``(B, N, BLOCK)`` float32, each row's last block filled up with -inf."""
+def _blocks(logits_BV: torch.Tensor, block: int) -> torch.Tensor:
+    """``(B, N, block)`` float32, each row's last block filled up with -inf."""
     logits_BV = logits_BV.float()
     width = logits_BV.shape[1]
-    if width % BLOCK:
-        logits_BV = F.pad(logits_BV, (0, -width % BLOCK), value=-math.inf)
-    return logits_BV.reshape(len(logits_BV), -1, BLOCK)
+    if width % block:
+        logits_BV = F.pad(logits_BV, (0, -width % block), value=-math.inf)
+    return logits_BV.reshape(len(logits_BV), -1, block)

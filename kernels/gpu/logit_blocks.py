@@ -58,7 +58,7 @@ def _block_masses(
     logits = _load_blocks(logits_ptr, row, stride, block, num_entries, BLOCK)
     # Rounded as everywhere else, so that the same tokens pass min-p: a plain division here is an approximation.
     difference = logits - tl.load(peak_ptr + place)
-    exponents = tl.div_rn(difference, tl.zeros_like(difference) + tl.load(temperature_ptr + place))
+    exponents = tl.div_rn(difference, tl.load(temperature_ptr + place))
     weights = tl.exp(exponents)
     if log_min_p_ptr is not None:
         weights *= (exponents >= tl.load(log_min_p_ptr + place)).to(tl.float32)  # a factor, so that NaN stays

@@ -151,10 +151,9 @@ def merge_launches() -> Iterator[Launch]:
 
 
 def norm_launches() -> Iterator[Launch]:
-    """Rows of their own, rows that share a program, rows that do not fit registers; alone and after a sum."""
+    """Rows of their own, rows that share a program, rows that do not fit registers; after a sum, and alone."""
     bf16, fp32 = torch.bfloat16, torch.float32
     for dtype, shape, adds in (
-        (bf16, (64, 4096), False),
         (bf16, (64, 4096), True),
         (fp32, (64, 768), True),
         (bf16, (64, 20_000), True),
@@ -198,20 +197,22 @@ def rotary_launches() -> Iterator[Launch]:
 
 
 def logit_block_launches() -> Iterator[Launch]:
-    """Greedy rows; all rows of a draw, and some, which have a min-p."""
+    """Greedy rows; all rows of a draw, and some, which have a min-p; the entries of a block that was drawn."""
     logits, by_row = torch.empty(64, 128_256, dtype=torch.bfloat16, device="meta"), torch.empty(64)
     with recorded(logit_blocks, "_block_maxima") as seen:
         logit_blocks.block_maxima(logits, 128)
     ((arguments, keywords),) = seen
     yield Launch.of("torch.bfloat16, 128256 entries", logit_blocks._block_maxima, arguments, keywords)
-    for dtype, rows, log_min_p in (
-        (torch.bfloat16, None, None),
-        (torch.float32, torch.empty(64, dtype=torch.int64), by_row),
+    some = torch.empty(64, dtype=torch.int64)
+    for dtype, width, rows, log_min_p, block in (
+        (torch.bfloat16, 128_256, None, None, 128),
+        (torch.float32, 128_256, some, by_row, 128),
+        (torch.float32, 128, None, by_row, 1),
     ):
         with recorded(logit_blocks, "_block_masses") as seen:
-            logit_blocks.block_masses(logits.to(dtype), rows, by_row, by_row, log_min_p, 128)
+            logit_blocks.block_masses(logits[:, :width].to(dtype), rows, by_row, by_row, log_min_p, block)
         ((arguments, keywords),) = seen
-        case = f"{dtype}, 128256 entries{', min-p' if log_min_p is not None else ''}"
+        case = f"{dtype}, {width} entries in blocks of {block}{', min-p' if log_min_p is not None else ''}"
         yield Launch.of(case, logit_blocks._block_masses, arguments, keywords)
 
 

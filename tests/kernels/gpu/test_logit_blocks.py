@@ -25,9 +25,9 @@ def blocks(logits):
     return padded.unflatten(1, (-1, BLOCK))
 
 
-def masses(logits, rows, *by_row):
+def masses(logits, rows, *by_row, block=BLOCK):
     arguments = (x if x is None else x.to(DEVICE) for x in (logits, rows, *by_row))
-    return block_masses(*arguments, backend=Backend.TRITON).cpu()
+    return block_masses(*arguments, backend=Backend.TRITON, block=block).cpu()
 
 
 @DTYPES
@@ -64,6 +64,17 @@ def test_sums_are_in_float64():
     logits[0, 0] = 0.0
     expected = 1 + (BLOCK - 1) * math.exp(-18)
     assert float(masses(logits, None, torch.zeros(1), torch.ones(1), None)) == pytest.approx(expected, rel=1e-11)
+
+
+@DTYPES
+def test_entries_weigh_what_their_blocks_sum(dtype):
+    """So that a draw within a block goes by the same terms as that of the block."""
+    logits = randn(2, 300, dtype=dtype) * 5
+    by_row = logits.float().amax(-1), torch.tensor([0.6, 1.4]), torch.tensor([-4.0, -math.inf])
+    entries = masses(logits, None, *by_row, block=1)
+    assert entries.shape == (2, 300) and torch.equal(entries, entries.float().double())
+    sums = torch.nn.functional.pad(entries, (0, -300 % BLOCK)).unflatten(1, (-1, BLOCK)).sum(-1)
+    torch.testing.assert_close(masses(logits, None, *by_row), sums, rtol=1e-14, atol=0)
 
 
 def test_of_some_rows():
