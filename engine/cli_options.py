@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from engine.attention import METHODS
-from kernels import Backend
+from kernels import OPERATIONS_BACKENDS, Backend
 
 Attention = Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")]
 AttentionBackend = Annotated[
@@ -20,6 +20,11 @@ Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bflo
 LoadFormat = Annotated[str, typer.Option(help="auto, or dummy for random weights.")]
 MaxBatchSize = Annotated[int, typer.Option(min=1, help="Completions that run at once at most.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder or a Hub id, in Hugging Face format.")]
+_OPERATIONS_BACKENDS = ", ".join(OPERATIONS_BACKENDS)
+OperationsBackend = Annotated[
+    str | None,
+    typer.Option(help=f"What runs the operations around it: {_OPERATIONS_BACKENDS}. Without it: the best there is."),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")]
 SeedOfDummies = Annotated[int, typer.Option(min=0, help="Of the prompt, and of dummy weights.")]
 Timeout = Annotated[float, typer.Option(min=1, help="Seconds for which a rank waits for another.")]

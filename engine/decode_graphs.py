@@ -105,7 +105,7 @@ class DecodeGraphs:
         tokens = torch.zeros(num_rows, dtype=torch.int64, device=self._device)
         numbers = torch.zeros(2, num_rows, dtype=torch.int64, device=self._device)
         table = torch.zeros(items.shape, dtype=torch.int32, device=self._device)
-        step = Step(tokens, numbers[0], None if cache is None else numbers[1], None)
+        step = Step(tokens, numbers[0], None if cache is None else numbers[1], None, self._model.operations_backend)
         plan = AttentionPlan([] if layout is None else [(Backend.TRITON, LaidOut(layout, table))])
         self._graphs[kind] = _Graph(tokens, numbers, table, step, plan)
         if len(self._graphs) > _MAX_GRAPHS:

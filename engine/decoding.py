@@ -15,6 +15,7 @@ from engine.executor import Executor
 from engine.prompt_logprobs import TokenLogprobs
 from engine.requests import Request
 from engine.sampling import Logprobs, NotFiniteError, RowParams, SamplingParams, greedy, logprobs, sample, uniforms
+from kernels import Backend
 
 
 @dataclass
@@ -64,8 +65,8 @@ def _finish_reason(request: Request, token_ids: Sequence[int]) -> str | None:
 class _Chooser:
     """Chooses tokens for the sequences of some requests."""
 
-    def __init__(self, requests: Sequence[Request], vocab_start: int, group: TPGroup):
-        self.requests, self.vocab_start, self.group = requests, vocab_start, group
+    def __init__(self, requests: Sequence[Request], vocab_start: int, group: TPGroup, backend: Backend | None):
+        self.requests, self.vocab_start, self.group, self.backend = requests, vocab_start, group, backend
         self.all_greedy = all(request.params.temperature == 0 for request in requests)
         self.any_forced = any(request.forced for request in requests)
         self.row_params = RowParams.of([request.params for request in requests], group.device)
@@ -77,10 +78,10 @@ class _Chooser:
     def choose(self, logits_RV: torch.Tensor, steps: np.ndarray) -> torch.Tensor:
         """``(R,)`` token ids, the same on every rank; ``steps`` (R,) are the tokens that each sequence has."""
         if self.all_greedy:
-            tokens = greedy(logits_RV, self.vocab_start, self.group)
+            tokens = greedy(logits_RV, self.vocab_start, self.group, self.backend)
         else:
             draws = uniforms(self.keys, torch.from_numpy(steps).to(self.keys.device))
-            tokens = sample(logits_RV, self.row_params, draws, self.vocab_start, self.group)
+            tokens = sample(logits_RV, self.row_params, draws, self.vocab_start, self.group, self.backend)
         if self.any_forced:
             for row, (request, step) in enumerate(zip(self.requests, steps.tolist(), strict=True)):
                 if step < len(request.forced):
@@ -91,7 +92,8 @@ class _Chooser:
         """Those of ``tokens`` (R,) and the likeliest ones, as many as any sequence asks for; None where none does."""
         if self.num_logprobs is None:
             return None
-        return _RowLogprobs(logprobs(logits_RV, tokens, self.num_logprobs, self.vocab_start, self.group))
+        found = logprobs(logits_RV, tokens, self.num_logprobs, self.vocab_start, self.group, self.backend)
+        return _RowLogprobs(found)
 
 
 class _RowLogprobs:
@@ -158,7 +160,8 @@ class Decoder:
         """
         if self._chooser is None:
             requests = [self._requests[i] for i in self.active]
-            self._chooser = _Chooser(requests, self._model.head.first, self._group)
+            model = self._model
+            self._chooser = _Chooser(requests, model.head.first, self._group, model.operations_backend)
         logits = self._logits()
         try:
             tokens = self._chooser.choose(logits, self._num_generated)

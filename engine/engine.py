@@ -25,7 +25,7 @@ from engine.rope import rope_length
 from engine.sampling import SamplingParams
 from engine.shared_levels import SharedLevels, even_parents
 from engine.tokenizer import Tokenizer
-from kernels import Backend, check_backend
+from kernels import Backend, check_backend, check_operations_backend
 
 SHARED_CACHE_OPS = ("wipe", "preserve", "extend")
 
@@ -77,13 +77,16 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         attention_backend: str | None = None,
         cuda_graphs: bool = False,
+        operations_backend: str | None = None,
     ):
-        if attention_backend is not None:
-            weight = model.embedding.weight
-            try:
+        weight = model.embedding.weight
+        try:
+            if attention_backend is not None:
                 model.attention_backend = check_backend(attention_backend, weight.device, weight.dtype)
-            except ValueError as error:
-                raise InputError(str(error)) from None
+            if operations_backend is not None:
+                model.operations_backend = check_operations_backend(operations_backend, weight.device, weight.dtype)
+        except ValueError as error:
+            raise InputError(str(error)) from None
         if max_batch_size < 1:
             raise InputError(f"max_batch_size is {max_batch_size}; accepted: 1 sequence or more; raise it")
         self.model = model

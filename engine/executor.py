@@ -99,7 +99,7 @@ class Executor:
             if self.cache is not None:
                 slots[len(active) :] = self.cache.scratch_slot
             return self._graphs.run(tokens, positions, slots, segments, self.cache)
-        step = Step(tokens, self._tensor(positions), self._tensor(slots) if self.cache else None, None)
+        step = self._step(tokens, positions, slots, None)
         return self.model(step, self._planner.plan(segments), self.cache)
 
     def _forward(self, tokens: list[np.ndarray], runs: Runs, whole: np.ndarray | None) -> list[torch.Tensor]:
@@ -110,15 +110,21 @@ class Executor:
         slots = np.repeat(runs.own_starts, runs.num_new) + within
         is_last = within == np.repeat(runs.num_new, runs.num_new) - 1
         wanted = is_last if whole is None else is_last | np.repeat(whole, runs.num_new)
-        step = Step(
-            self._tensor(np.concatenate(tokens)),
-            self._tensor(positions),
-            self._tensor(slots) if self.cache else None,
-            self._tensor(np.flatnonzero(wanted)),
-        )
+        step = self._step(self._tensor(np.concatenate(tokens)), positions, slots, np.flatnonzero(wanted))
         plan = self._planner.plan(self._within_window(segments, positions))
         hidden = self.model(step, plan, self.cache)
         return list(hidden.split(np.diff(np.flatnonzero(is_last[wanted]), prepend=-1).tolist()))
+
+    def _step(
+        self, tokens: torch.Tensor, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray | None
+    ) -> Step:
+        return Step(
+            tokens,
+            self._tensor(positions),
+            self._tensor(slots) if self.cache else None,
+            None if rows is None else self._tensor(rows),
+            self.model.operations_backend,
+        )
 
     def _within_window(self, segments: list[Segment], q_positions: np.ndarray) -> list[Segment]:
         if self.window is None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from engine.distributed import TPGroup
 from engine.sharding import Rule, TensorShard, replicated, split, split_vocab
+from kernels import Backend
 from kernels.linear import linear
 from kernels.norm import add_rms_norm_, rms_norm
 
@@ -116,9 +117,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight, self.slots = _stack([replicated(f"{name}.weight", (size,))])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: torch.Tensor, backend: Backend | None) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps, backend)
 
-    def of_sum_(self, x_TI: torch.Tensor, y_TI: torch.Tensor) -> torch.Tensor:
+    def of_sum_(self, x_TI: torch.Tensor, y_TI: torch.Tensor, backend: Backend | None) -> torch.Tensor:
         """Adds ``y`` to ``x`` in place and normalises the sum."""
-        return add_rms_norm_(x_TI, y_TI, self.weight, self.eps)
+        return add_rms_norm_(x_TI, y_TI, self.weight, self.eps, backend)

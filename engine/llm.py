@@ -23,7 +23,7 @@ from engine.requests import Request
 from engine.sampling import SamplingParams
 from engine.stopping import cut_at_stop
 from engine.tokenizer import Tokenizer
-from kernels import Backend
+from kernels import OPERATIONS_BACKENDS, Backend
 
 Prompt = str | Sequence[int]
 
@@ -89,6 +89,8 @@ class LLM:
         cache_tokens: tokens that the KV cache has room for; None sizes it by the work and the memory.
         max_batch_size: sequences that run at once at most.
         attention_backend: what evaluates attention, see ``kernels.Backend``; None takes the best for each segment.
+        operations_backend: what runs the operations around it, one of ``kernels.OPERATIONS_BACKENDS``; None takes the
+            best there is.
         seed: of dummy weights.
         group: the ranks; None joins those that ``torchrun`` started.
     """
@@ -106,12 +108,17 @@ class LLM:
         cache_tokens: int | None = None,
         max_batch_size: int = 1024,
         attention_backend: str | None = None,
+        operations_backend: str | None = None,
         seed: int = 0,
         group: TPGroup | None = None,
     ):
         get_method(attention)  # a wrong name shows before the weights are loaded
         if attention_backend is not None and attention_backend not in list(Backend):
             raise InputError(f"attention backend {attention_backend!r} is not known; accepted: {', '.join(Backend)}")
+        if operations_backend is not None and operations_backend not in OPERATIONS_BACKENDS:
+            raise InputError(
+                f"operations backend {operations_backend!r} is not known; accepted: {', '.join(OPERATIONS_BACKENDS)}"
+            )
         if group is not None and device is not None:
             raise InputError("device and group were both given; the group has its device: leave the device out")
         self.attention = attention
@@ -130,6 +137,7 @@ class LLM:
                 max_batch_size=max_batch_size,
                 tokenizer=self._tokenizer,
                 attention_backend=attention_backend,
+                operations_backend=operations_backend,
             )
             if cache_tokens is not None:
                 self.engine.setup_caches(cache_tokens)

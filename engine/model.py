@@ -42,6 +42,7 @@ class Step:
     positions_T: torch.Tensor  # int64, each token's position in its sequence
     slots_T: torch.Tensor | None  # int64, the arena slot of each token's key and value; None: they are not kept
     rows_R: torch.Tensor | None  # int64, the tokens whose hidden states are wanted; None: all
+    operations_backend: Backend | None  # what runs the operations around attention; None: the best there is
 
 
 class Attention(nn.Module):
@@ -72,13 +73,13 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(f"{prefix}.q_norm", D, config.rms_norm_eps)
             self.k_norm = RMSNorm(f"{prefix}.k_norm", D, config.rms_norm_eps)
 
-    def project(self, x_CI: torch.Tensor) -> torch.Tensor:
+    def project(self, x_CI: torch.Tensor, backend: Backend | None) -> torch.Tensor:
         """``(C, Hq + 2 Hkv, D)``: queries, keys and values, before they are rotated."""
         Hq, Hkv = self.num_heads, self.num_kv_heads
         qkv_CHD = self.qkv_proj(x_CI).unflatten(-1, (Hq + 2 * Hkv, self.head_dim))
         if self.q_norm is not None:
-            qkv_CHD[:, :Hq] = self.q_norm(qkv_CHD[:, :Hq])
-            qkv_CHD[:, Hq : Hq + Hkv] = self.k_norm(qkv_CHD[:, Hq : Hq + Hkv])
+            qkv_CHD[:, :Hq] = self.q_norm(qkv_CHD[:, :Hq], backend)
+            qkv_CHD[:, Hq : Hq + Hkv] = self.k_norm(qkv_CHD[:, Hq : Hq + Hkv], backend)
         return qkv_CHD
 
 
@@ -101,8 +102,8 @@ class MLP(nn.Module):
         self.gate_up_proj = ColumnParallelLinear(weights, shards("bias", slice(0, 1)) if config.mlp_bias else ())
         self.down_proj = RowParallelLinear(f"{prefix}.down_proj", shape[::-1], group, config.mlp_bias)
 
-    def forward(self, x_CI: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(swiglu(self.gate_up_proj(x_CI)))
+    def forward(self, x_CI: torch.Tensor, backend: Backend | None) -> torch.Tensor:
+        return self.down_proj(swiglu(self.gate_up_proj(x_CI), backend))
 
 
 class Layer(nn.Module):
@@ -120,17 +121,17 @@ class Layer(nn.Module):
     def forward(self, x_TI, step: Step, cos_T1P, sin_T1P, plan: AttentionPlan, cache: KVCache | None, chunk: int):
         """Adds the layer's output to the residual stream ``x (T, hidden)``, in place, and returns it."""
         T = x_TI.shape[0]
-        attention = self.attention
+        attention, backend = self.attention, step.operations_backend
         chunks = [slice(first, min(first + chunk, T)) for first in range(0, T, chunk)]
         q_THD = x_TI.new_empty(T, attention.num_heads, attention.head_dim) if len(chunks) > 1 else None
         k_SHD, v_SHD = (None, None) if cache is None else cache.layer(self.index)
         for part in chunks:
-            qkv_CHD = attention.project(self.input_norm(x_TI[part]))
+            qkv_CHD = attention.project(self.input_norm(x_TI[part], backend), backend)
             cos, sin, interleaved = cos_T1P[part], sin_T1P[part], attention.interleaved
             if cache is None:
-                apply_rotary_(qkv_CHD[:, : -attention.num_kv_heads], cos, sin, interleaved)
+                apply_rotary_(qkv_CHD[:, : -attention.num_kv_heads], cos, sin, interleaved, backend)
             else:
-                rotate_into_cache_(qkv_CHD, cos, sin, k_SHD, v_SHD, step.slots_T[part], interleaved)
+                rotate_into_cache_(qkv_CHD, cos, sin, k_SHD, v_SHD, step.slots_T[part], interleaved, backend)
             q_CHD = qkv_CHD[:, : attention.num_heads]
             if q_THD is None:
                 q_THD = q_CHD
@@ -139,7 +140,8 @@ class Layer(nn.Module):
         out_TI = plan.run(q_THD, k_SHD, v_SHD, attention.scale).reshape(T, -1)
         for part in chunks:
             x_CI = x_TI[part]
-            x_CI += self.mlp(self.post_attention_norm.of_sum_(x_CI, attention.o_proj(out_TI[part])))
+            normalised_CI = self.post_attention_norm.of_sum_(x_CI, attention.o_proj(out_TI[part]), backend)
+            x_CI += self.mlp(normalised_CI, backend)
         return x_TI
 
 
@@ -157,6 +159,7 @@ class Transformer(nn.Module):
         self.group = group
         self.prefill_chunk = prefill_chunk
         self.attention_backend: Backend | None = None  # what evaluates attention; None: the best for each segment
+        self.operations_backend: Backend | None = None  # what runs the operations around it; None: the best there is
         vocab_shape = (config.vocab_size, config.hidden_size)
         self.embedding = VocabParallelEmbedding("model.embed_tokens.weight", vocab_shape, group)
         self.layers = nn.ModuleList(Layer(config, index, group) for index in range(config.num_layers))
@@ -200,7 +203,7 @@ class Transformer(nn.Module):
         x_TI = self.embedding(step.tokens_T)
         for layer in self.layers:
             x_TI = layer(x_TI, step, cos_T1P, sin_T1P, plan, cache, self.prefill_chunk)
-        return self.norm(x_TI if step.rows_R is None else x_TI[step.rows_R])
+        return self.norm(x_TI if step.rows_R is None else x_TI[step.rows_R], step.operations_backend)
 
     @torch.inference_mode()
     def logits(self, hidden_RI: torch.Tensor) -> torch.Tensor:

@@ -123,7 +123,7 @@ class PromptLogprobs:
         parts = []
         for first in range(0, len(tokens), rows):
             logits, ids = model.logits(states[first : first + rows]), wanted[first : first + rows]
-            found = logprobs(logits, ids, count, model.head.first, model.group)
+            found = logprobs(logits, ids, count, model.head.first, model.group, model.operations_backend)
             parts.append([part.cpu().numpy() for part in (found.chosen, found.top_ids, found.top)])
         if not parts:
             return _Scores(np.empty(0), np.empty((0, count), dtype=np.int64), np.empty((0, count)))

@@ -12,6 +12,7 @@ the rank's part. Another number of ranks makes other partial sums of the same te
 total, and the token only where the uniform number falls between them, about once in 1e12 draws. Min-p asks whether
 ``(logit - max) / temperature`` reaches ``log(min_p)``, without the exponential: subtraction and division round alike
 everywhere, so the same tokens pass on every device. It needs no more than the maximum, and gathers nothing.
+Exponentials differ between devices and backends in the last bits of float32; all ranks use the same.
 
 Cost for 64 x 32000 float32 logits, on one thread of an AMD EPYC with torch 2.13: greedy 0.8 ms; an unrestricted draw
 5.6 (exp takes 2.1 of it, the float64 sums 1.1; a cumulative sum over the vocabulary would take 21); top-k of 50 about
@@ -23,7 +24,7 @@ pages of memory.
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Protocol
 
@@ -32,9 +33,11 @@ import torch
 from torch import Tensor
 
 from engine.errors import InputError
+from kernels import Backend, logit_blocks
+from kernels.logit_blocks import BLOCK
 
-BLOCK = 128  # entries summed together; a draw looks at V / BLOCK sums and then at BLOCK entries
-# Float32 entries worked on at a time. On a CPU they stay in its second-level cache; elsewhere this bounds the memory.
+# Entries worked on at a time, most often as a float32 copy. On a CPU they stay in its second-level cache; elsewhere
+# this bounds the memory.
 CHUNK = {"cpu": 2**18}
 CHUNK_ELSEWHERE = 2**26
 NUCLEUS_CANDIDATES = (64, 512)  # top-p alone tries this many before it takes the whole vocabulary
@@ -208,29 +211,36 @@ def _shift_right(z: Tensor, bits: int) -> Tensor:
 # --- choosing tokens ---
 
 
-def greedy(logits: Tensor, vocab_start: int, group: Ranks) -> Tensor:
+def greedy(logits: Tensor, vocab_start: int, group: Ranks, backend: Backend | None = None) -> Tensor:
     """The likeliest token of each row, ties to the lowest id: ``(B, V)`` of any float type to ``(B,)`` int64.
 
-    ``vocab_start`` is the id of the rank's first entry. Raises NotFiniteError for a row that holds NaN or no finite
-    maximum. One collective, of 8 bytes a row.
+    ``vocab_start`` is the id of the rank's first entry; ``backend`` runs the passes over all logits. Raises
+    NotFiniteError for a row that holds NaN or no finite maximum. One collective, of 8 bytes a row.
     """
-    return _checked(_greedy(_Shard.of(logits, vocab_start, group)))
+    return _checked(_greedy(_Shard.of(logits, vocab_start, group, backend)))
 
 
-def sample(logits: Tensor, params: RowParams, uniforms: Tensor, vocab_start: int, group: Ranks) -> Tensor:
+def sample(
+    logits: Tensor,
+    params: RowParams,
+    uniforms: Tensor,
+    vocab_start: int,
+    group: Ranks,
+    backend: Backend | None = None,
+) -> Tensor:
     """The next token of each row: ``(B, V)`` logits of any float type to ``(B,)`` int64 ids.
 
     In the order of transformers: temperature, top-k (of tied tokens the lowest ids are kept, exactly k in all), top-p
     of what is left, renormalised (the token that reaches ``top_p`` is kept), min-p, then one draw with ``uniforms``,
-    ``(B,)`` float64 in [0, 1). Rows of temperature 0 are greedy. Raises NotFiniteError for a row that holds NaN or no
-    finite maximum.
+    ``(B,)`` float64 in [0, 1). Rows of temperature 0 are greedy. ``backend`` runs the passes over all logits. Raises
+    NotFiniteError for a row that holds NaN or no finite maximum.
 
     Collectives: three of 8 bytes a row or less for rows with neither top-k nor top-p; one of 8 bytes a candidate for
     top-k rows; the same and two small ones for top-p rows, again with more candidates for rows whose top-p set those
     do not hold.
     """
     assert logits.shape[0] == len(uniforms) == len(params.temperature)
-    shard = _Shard.of(logits, vocab_start, group)
+    shard = _Shard.of(logits, vocab_start, group, backend)
     tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     if len(params.greedy):
         tokens[params.greedy] = _greedy(shard.select(params.greedy))
@@ -253,7 +263,9 @@ class Logprobs:
     top: Tensor  # (B, C) float32
 
 
-def logprobs(logits: Tensor, tokens: Tensor, count: int, vocab_start: int, group: Ranks) -> Logprobs:
+def logprobs(
+    logits: Tensor, tokens: Tensor, count: int, vocab_start: int, group: Ranks, backend: Backend | None = None
+) -> Logprobs:
     """The log-softmax of each row's chosen token and ``count`` likeliest ones: ``(B, V)`` logits, ``(B,)`` ids.
 
     NaN in a row whose logits hold NaN or no finite maximum. One collective of 8 bytes a row; one more of 8 bytes a row
@@ -267,7 +279,7 @@ def logprobs(logits: Tensor, tokens: Tensor, count: int, vocab_start: int, group
     chosen, total = parts[:, 0].amax(0), parts[:, 1].logsumexp(0)
     total = total.masked_fill(~total.isfinite(), math.nan)
     if count > 0:
-        top, top_ids, _ = _candidates(_Shard.of(logits, vocab_start, group), count)
+        top, top_ids, _ = _candidates(_Shard.of(logits, vocab_start, group, backend), count)
     else:
         top, top_ids = chosen.new_empty(len(tokens), 0), tokens.new_empty(len(tokens), 0)
     return Logprobs(chosen - total, top_ids, top - total[:, None])
@@ -282,16 +294,29 @@ class _Shard:
     maxima: Tensor  # (R, N) float32
     vocab_start: int
     group: Ranks
+    backend: Backend | None
 
     @classmethod
-    def of(cls, logits: Tensor, vocab_start: int, group: Ranks) -> "_Shard":
+    def of(cls, logits: Tensor, vocab_start: int, group: Ranks, backend: Backend | None) -> "_Shard":
         rows = torch.arange(logits.shape[0], device=logits.device)
-        maxima = torch.cat([part.amax(-1) for _, part in _blocks(logits, rows)])
-        return cls(logits, rows, maxima, vocab_start, group)
+        maxima = torch.cat([logit_blocks.block_maxima(logits[part], backend) for part in _chunks(logits, len(rows))])
+        return cls(logits, rows, maxima, vocab_start, group, backend)
 
     def select(self, rows: Tensor) -> "_Shard":
         """The part that belongs to ``rows``, positions among this one's rows."""
-        return _Shard(self.logits, self.rows[rows], self.maxima[rows], self.vocab_start, self.group)
+        return replace(self, rows=self.rows[rows], maxima=self.maxima[rows])
+
+    def block_masses(self, peak: Tensor, temperature: Tensor, log_min_p: Tensor | None) -> Tensor:
+        """Sums of weights by block, (R, N) float64; the arguments are (R,)."""
+        is_whole = len(self.rows) == len(self.logits)
+        masses = [
+            logit_blocks.block_masses(
+                *((self.logits[part], None) if is_whole else (self.logits, self.rows[part])),
+                *(peak[part], temperature[part], None if log_min_p is None else log_min_p[part], self.backend),
+            )
+            for part in _chunks(self.logits, len(self.rows))
+        ]
+        return torch.cat(masses)
 
     def entries(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """``(values float32, ids)`` of the given blocks of each row: (R, n) to (R, n * BLOCK), -inf beyond V."""
@@ -302,16 +327,10 @@ class _Shard:
         return values.masked_fill_(columns >= width, -math.inf), self.vocab_start + columns
 
 
-def _blocks(logits: Tensor, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """``(slice of rows, (r, N, BLOCK) float32)``, a chunk at a time, each row's last block filled up with -inf."""
-    width = logits.shape[1]
-    step = max(1, CHUNK.get(logits.device.type, CHUNK_ELSEWHERE) // width)
-    for begin in range(0, len(rows), step):
-        part = slice(begin, begin + step)
-        values = (logits[part] if len(rows) == len(logits) else logits[rows[part]]).float()
-        if width % BLOCK:
-            values = torch.nn.functional.pad(values, (0, -width % BLOCK), value=-math.inf)
-        yield part, values.reshape(len(values), -1, BLOCK)
+def _chunks(logits: Tensor, num_rows: int) -> Iterator[slice]:
+    """Of as many rows of ``logits`` (B, V), those that are worked on at a time."""
+    step = max(1, CHUNK.get(logits.device.type, CHUNK_ELSEWHERE) // logits.shape[1])
+    return (slice(begin, begin + step) for begin in range(0, num_rows, step))
 
 
 @dataclass(frozen=True)
@@ -360,15 +379,15 @@ def _draw_unrestricted(shard: _Shard, draws: _RowDraws) -> Tensor:
     # A rank that does not own the draw goes on with the same rest, and finds a token that nobody asks for.
     block, rest = _locate(block_mass, rest)
     values, ids = shard.entries(block[:, None])
-    weights = _weights(_exponents(values, peak, draws.temperature), draws.log_min_p)
-    inside, _ = _locate(weights.double(), rest)
+    by_row = peak, draws.temperature, draws.log_min_p
+    inside, _ = _locate(logit_blocks.block_masses(values, None, *by_row, shard.backend, block=1), rest)
     found = shard.group.all_gather(ids.gather(1, inside[:, None])[:, 0])  # (W, R)
     return torch.where(peak.isfinite(), found.gather(0, owner[None])[0], -1)
 
 
 def _draw_truncated(shard: _Shard, draws: _RowDraws) -> Tensor:
     values, ids, peak = _candidates(shard, draws.max_top_k)
-    exponents = _exponents(values, peak, draws.temperature)
+    exponents = logit_blocks.exponents(values, peak, draws.temperature)
     ranking = torch.arange(exponents.shape[1], device=exponents.device)
     exponents.masked_fill_(ranking >= draws.top_k[:, None], -math.inf)
     needed = draws.top_p * exponents.exp().double().sum(-1)
@@ -388,7 +407,7 @@ def _draw_nucleus(shard: _Shard, draws: _RowDraws) -> Tensor:
     left = peak.isfinite().nonzero()[:, 0]
     for count in (*NUCLEUS_CANDIDATES, everything):
         values, ids, _ = _candidates(shard.select(left), count)
-        exponents = _exponents(values, peak[left], draws.temperature[left])
+        exponents = logit_blocks.exponents(values, peak[left], draws.temperature[left])
         # All ranks decide alike: they decide on what was gathered.
         done = (exponents.exp().double().sum(-1) >= needed[left]) | (count >= everything)
         if draws.log_min_p is not None:
@@ -404,36 +423,8 @@ def _draw_nucleus(shard: _Shard, draws: _RowDraws) -> Tensor:
 def _masses(shard: _Shard, temperature: Tensor, log_min_p: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """``(peak (R,) float32, sums of weights by block (R, N) and by rank (R, W) in float64)``."""
     peak = shard.group.all_gather(shard.maxima.amax(-1)).amax(0)
-    sums = [
-        _weights(
-            _exponents(values, peak[part], temperature[part]), None if log_min_p is None else log_min_p[part]
-        ).sum(-1, dtype=torch.float64)
-        for part, values in _blocks(shard.logits, shard.rows)
-    ]
-    block_mass = torch.cat(sums)
+    block_mass = shard.block_masses(peak, temperature, log_min_p)
     return peak, block_mass, shard.group.all_gather(block_mass.sum(-1)).T
-
-
-def _exponents(values: Tensor, peak: Tensor, temperature: Tensor) -> Tensor:
-    """Logarithms of the probabilities up to a term, float32, 0 at the peak: ``values`` is (R, ...), the others (R,)."""
-    return (values - _beside(peak, values)).div_(_beside(temperature, values))
-
-
-def _weights(exponents: Tensor, log_min_p: Tensor | None) -> Tensor:
-    """Probabilities up to a factor, 0 for what min-p drops: ``exponents`` (R, ...) and ``log_min_p`` (R,).
-
-    ``exponents`` are lost.
-    """
-    if log_min_p is None:
-        return exponents.exp_()
-    weights = exponents.exp()
-    # A factor of 0 or 1 in place of a mask, which would take 7 times as long as the exponential on a CPU.
-    return weights.mul_(exponents.ge_(_beside(log_min_p, exponents)))
-
-
-def _beside(by_row: Tensor, values: Tensor) -> Tensor:
-    """``by_row`` (R,) as (R, 1, ...), with the dimensions of ``values``."""
-    return by_row.view((-1,) + (1,) * (values.dim() - 1))
 
 
 def _locate(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -456,7 +447,7 @@ def _draw_sorted(exponents: Tensor, ids: Tensor, needed: Tensor, draws: _RowDraw
     """
     cumulative = exponents.exp().double().cumsum(-1)
     before = torch.nn.functional.pad(cumulative[:, :-1], (1, 0))
-    kept = _weights(exponents, draws.log_min_p).double().masked_fill_(before >= needed[:, None], 0)
+    kept = logit_blocks.weights(exponents, draws.log_min_p).double().masked_fill_(before >= needed[:, None], 0)
     index, _ = _locate(kept, draws.uniforms * kept.sum(-1))
     return ids.gather(1, index[:, None])[:, 0]
 

@@ -11,22 +11,42 @@ import torch
 import torch.nn.functional as F
 
 from kernels import simd
+from kernels.backend import Backend
+from kernels.dispatch import choose_backend
 from kernels.simd import Kernel, Target, Value
 
 
-def rms_norm(x_TI: torch.Tensor, weight_I: torch.Tensor, eps: float) -> torch.Tensor:
-    """``x / sqrt(mean(x ** 2) + eps) * weight`` over the last dimension, whatever others there are."""
-    if x_TI.dim() != 2 or not simd.runs(x_TI, weight_I):
-        return F.rms_norm(x_TI, weight_I.shape, weight_I, eps)
-    return _launch(x_TI, None, weight_I, eps)
+def rms_norm(x: torch.Tensor, weight_I: torch.Tensor, eps: float, backend: Backend | None = None) -> torch.Tensor:
+    """``x / sqrt(mean(x ** 2) + eps) * weight`` over the last dimension, whatever others there are.
+
+    Raises ValueError for a ``backend`` that cannot run here.
+    """
+    chosen = choose_backend(backend, x, weight_I, has_simd=x.dim() == 2)
+    if chosen == Backend.SIMD:
+        return _launch(x, None, weight_I, eps)
+    if chosen == Backend.TRITON:
+        from kernels.gpu import norm  # here, as Triton takes long to import
+
+        return norm.rms_norm(x, weight_I, eps)
+    return F.rms_norm(x, weight_I.shape, weight_I, eps)
 
 
-def add_rms_norm_(x_TI: torch.Tensor, y_TI: torch.Tensor, weight_I: torch.Tensor, eps: float) -> torch.Tensor:
-    """Adds ``y`` to ``x``, in place and rounded to its dtype; returns the sum normalised."""
-    if not simd.runs(x_TI, y_TI, weight_I):
-        x_TI += y_TI
-        return F.rms_norm(x_TI, weight_I.shape, weight_I, eps)
-    return _launch(x_TI, y_TI, weight_I, eps)
+def add_rms_norm_(
+    x_TI: torch.Tensor, y_TI: torch.Tensor, weight_I: torch.Tensor, eps: float, backend: Backend | None = None
+) -> torch.Tensor:
+    """Adds ``y`` to ``x``, in place and rounded to its dtype; returns the sum normalised.
+
+    Raises ValueError for a ``backend`` that cannot run here.
+    """
+    chosen = choose_backend(backend, x_TI, y_TI, weight_I)
+    if chosen == Backend.SIMD:
+        return _launch(x_TI, y_TI, weight_I, eps)
+    if chosen == Backend.TRITON:
+        from kernels.gpu import norm
+
+        return norm.add_rms_norm_(x_TI, y_TI, weight_I, eps)
+    x_TI += y_TI
+    return F.rms_norm(x_TI, weight_I.shape, weight_I, eps)
 
 
 def _launch(x_TI, y_TI, weight_I, eps):

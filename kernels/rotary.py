@@ -13,27 +13,38 @@ from functools import cache
 import torch
 
 from kernels import simd
+from kernels.backend import Backend
+from kernels.dispatch import choose_backend
 from kernels.simd import Kernel, Target
 
 
 def apply_rotary_(
-    x_THD: torch.Tensor, cos_T1P: torch.Tensor, sin_T1P: torch.Tensor, interleaved: bool = False
+    x_THD: torch.Tensor,
+    cos_T1P: torch.Tensor,
+    sin_T1P: torch.Tensor,
+    interleaved: bool = False,
+    backend: Backend | None = None,
 ) -> None:
-    """Rotates each head of ``x`` in place."""
+    """Rotates each head of ``x`` in place. Raises ValueError for a ``backend`` that cannot run here."""
     (T, H, D), P = x_THD.shape, cos_T1P.shape[2]
-    if simd.runs(x_THD) and x_THD.stride(1) == D:
+    chosen = choose_backend(backend, x_THD, has_simd=x_THD.stride(1) == D)
+    if chosen == Backend.SIMD:
         num_tasks, rows_per_task = simd.split_rows(T)
         _compiled(simd.host(), x_THD.dtype, D, P, interleaved, False).launch(
             *(num_tasks, T, rows_per_task, cos_T1P, cos_T1P.stride(0), sin_T1P, sin_T1P.stride(0)),
             *(x_THD, x_THD.stride(0), H),
         )
-        return
-    x_THP = x_THD[..., :P]
-    if interleaved:
-        partners = x_THP.unflatten(-1, (P // 2, 2)).flip(-1).flatten(-2)
+    elif chosen == Backend.TRITON:
+        from kernels.gpu import rotary  # here, as Triton takes long to import
+
+        rotary.apply_rotary_(x_THD, cos_T1P, sin_T1P, interleaved)
     else:
-        partners = x_THP.roll(P // 2, -1)
-    x_THP.copy_((x_THP * cos_T1P).addcmul_(partners, sin_T1P))
+        x_THP = x_THD[..., :P]
+        if interleaved:
+            partners = x_THP.unflatten(-1, (P // 2, 2)).flip(-1).flatten(-2)
+        else:
+            partners = x_THP.roll(P // 2, -1)
+        x_THP.copy_((x_THP * cos_T1P).addcmul_(partners, sin_T1P))
 
 
 def rotate_into_cache_(
@@ -44,27 +55,34 @@ def rotate_into_cache_(
     v_SHD: torch.Tensor,
     slots_T: torch.Tensor,
     interleaved: bool = False,
+    backend: Backend | None = None,
 ) -> None:
     """Rotates queries in place; writes each token's rotated keys, and its values, to its slot of the arenas.
 
     ``qkv`` is ``(T, Hq + 2 Hkv, D)``, its heads side by side: queries, keys, values. What is left of the keys in it is
     undefined. ``slots`` are int64, each there at most once, and not checked: they are the plan's own, and one beyond
-    the arenas would be written all the same.
+    the arenas would be written all the same. Raises ValueError for a ``backend`` that cannot run here.
     """
     T, H, D = qkv_THD.shape
     Hkv = k_SHD.shape[1]
     Hq = H - 2 * Hkv
-    if not (simd.runs(qkv_THD, k_SHD, v_SHD) and qkv_THD.stride(1) == D and slots_T.is_contiguous()):
-        apply_rotary_(qkv_THD[:, : Hq + Hkv], cos_T1P, sin_T1P, interleaved)
+    has_simd = qkv_THD.stride(1) == D and slots_T.is_contiguous()
+    chosen = choose_backend(backend, qkv_THD, k_SHD, v_SHD, has_simd=has_simd)
+    if chosen == Backend.SIMD:
+        num_tasks, rows_per_task = simd.split_rows(T)
+        _compiled(simd.host(), qkv_THD.dtype, D, cos_T1P.shape[2], interleaved, True).launch(
+            *(num_tasks, T, rows_per_task, cos_T1P, cos_T1P.stride(0), sin_T1P, sin_T1P.stride(0)),
+            *(qkv_THD, qkv_THD.stride(0), Hq, Hkv, slots_T),
+            *(k_SHD, *k_SHD.stride()[:2], v_SHD, *v_SHD.stride()[:2]),
+        )
+    elif chosen == Backend.TRITON:
+        from kernels.gpu import rotary
+
+        rotary.rotate_into_cache_(qkv_THD, cos_T1P, sin_T1P, k_SHD, v_SHD, slots_T, interleaved)
+    else:
+        apply_rotary_(qkv_THD[:, : Hq + Hkv], cos_T1P, sin_T1P, interleaved, Backend.ATEN)
         k_SHD.index_copy_(0, slots_T, qkv_THD[:, Hq : Hq + Hkv])
         v_SHD.index_copy_(0, slots_T, qkv_THD[:, Hq + Hkv :])
-        return
-    num_tasks, rows_per_task = simd.split_rows(T)
-    _compiled(simd.host(), qkv_THD.dtype, D, cos_T1P.shape[2], interleaved, True).launch(
-        *(num_tasks, T, rows_per_task, cos_T1P, cos_T1P.stride(0), sin_T1P, sin_T1P.stride(0)),
-        *(qkv_THD, qkv_THD.stride(0), Hq, Hkv, slots_T),
-        *(k_SHD, *k_SHD.stride()[:2], v_SHD, *v_SHD.stride()[:2]),
-    )
 
 
 @cache

@@ -10,16 +10,25 @@ import torch
 import torch.nn.functional as F
 
 from kernels import simd
+from kernels.backend import Backend
+from kernels.dispatch import choose_backend
 from kernels.simd import Kernel, Target
 
 
-def swiglu(gate_up_TF: torch.Tensor) -> torch.Tensor:
-    """``silu(gate) * up``, ``(T, F)``, of ``(T, 2 F)``: the gates, then the ups."""
-    num_features = gate_up_TF.shape[1] // 2
-    if not simd.runs(gate_up_TF):
+def swiglu(gate_up_TF: torch.Tensor, backend: Backend | None = None) -> torch.Tensor:
+    """``silu(gate) * up``, ``(T, F)``, of ``(T, 2 F)``: the gates, then the ups.
+
+    Raises ValueError for a ``backend`` that cannot run here.
+    """
+    chosen = choose_backend(backend, gate_up_TF)
+    if chosen == Backend.TRITON:
+        from kernels.gpu import swiglu as gpu  # here, as Triton takes long to import
+
+        return gpu.swiglu(gate_up_TF)
+    if chosen == Backend.ATEN:
         gate, up = gate_up_TF.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
-    T = gate_up_TF.shape[0]
+    T, num_features = gate_up_TF.shape[0], gate_up_TF.shape[1] // 2
     out_TF = gate_up_TF.new_empty(T, num_features)
     num_tasks, rows_per_task = simd.split_rows(T)
     _compiled(simd.host(), gate_up_TF.dtype, num_features).launch(

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from engine.cpu import read_cpu
-from kernels import available_backends
+from kernels import available_backends, available_operations_backends
 
 # Distributions whose version can change a result, the peers that a sweep runs beside the engine included.
 _DISTRIBUTIONS = ("torch", "triton", "llvmlite", "numpy", "transformers", "vllm", "flash-attn", "tributary")
@@ -19,8 +19,8 @@ def describe_environment(device: torch.device, dtype: torch.dtype, world_size: i
     """Plain data (text, numbers, booleans, None) about the machine, the libraries and the process.
 
     ``device_name`` is the GPU's or the CPU's model. ``cpu_bf16`` says whether the CPU multiplies bfloat16 natively:
-    without that, bfloat16 on it is emulated and its times say little (None: unknown). ``attention_backend`` is the
-    first that can run here. ``versions`` has the installed
+    without that, bfloat16 on it is emulated and its times say little (None: unknown). ``attention_backend`` and
+    ``operations_backend`` are the defaults here, for most segments and tensors. ``versions`` has the installed
     libraries only. Nothing that identifies the machine or its user is included.
     """
     cpu = read_cpu()
@@ -34,6 +34,7 @@ def describe_environment(device: torch.device, dtype: torch.dtype, world_size: i
         "cpu_name": cpu.name,
         "cpu_bf16": cpu.has_bf16,
         "attention_backend": str(available_backends(device, dtype)[0]),
+        "operations_backend": str(available_operations_backends(device, dtype)[0]),
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "cuda": torch.version.cuda,

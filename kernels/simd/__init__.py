@@ -18,21 +18,11 @@ if language.ir is not None:
 
 __all__ = [
     "BF16", "F16", "F32", "F64", "FLOATS", "I16", "I32", "I64", "CompiledKernel", "Kernel", "Pointer", "Target",
-    "Value", "Variable", "host", "runs", "split_rows",
+    "Value", "Variable", "host", "split_rows",
 ]  # fmt: skip
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def split_rows(num_rows: int) -> tuple[int, int]:
     """``(tasks, rows of each)``: a few tasks a thread, so that one that is held up does not hold up all."""
     rows_per_task = max(1, -(-num_rows // (4 * torch.get_num_threads())))
     return -(-num_rows // rows_per_task), rows_per_task
-
-
-def runs(x: torch.Tensor, *others: torch.Tensor) -> bool:
-    """Whether kernels can run here on ``x``, floats on a CPU whose last dimension is contiguous, and on ``others``,
-    which must be alike in that."""
-    if not (x.is_cpu and x.dtype in _DTYPES and x.stride(-1) == 1 and host() is not None):
-        return False
-    return all(y.dtype == x.dtype and y.stride(-1) == 1 and y.is_cpu for y in others)

@@ -86,6 +86,15 @@ def test_reference_backend(monkeypatch, dtype):
         assert_same(device.generate(PROMPTS[5:], PARAMS[5:], **options), expected, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_operations_by_triton(dtype):
+    cpu, device = engines(dtype=dtype, operations_backend="triton")
+    for method in ("hydragen", "noattention"):
+        options = {"attention": method, "forced_tokens": FORCED, "return_logits": True}
+        expected = cpu.generate(PROMPTS, PARAMS, **options)
+        assert_same(device.generate(PROMPTS, PARAMS, **options), expected, dtype)
+
+
 @pytest.mark.parametrize("method", ["hydragen", "hydragen_noshared"])
 def test_kept_levels_and_starting_logits(method):
     cpu, device = engines(dtype=torch.float16)
@@ -131,9 +140,10 @@ def test_waves(method, max_batch_size, cache_tokens):
     assert_same(device.generate(PROMPTS, PARAMS, **options), cpu.generate(PROMPTS, PARAMS, **options), torch.float16)
 
 
-def test_draws_are_those_of_the_cpu():
+@pytest.mark.parametrize("operations_backend", [None, "triton"])
+def test_draws_are_those_of_the_cpu(operations_backend):
     """In float32, where logits differ by too little to change a draw."""
-    cpu, device = engines(dtype=torch.float32)
+    cpu, device = engines(dtype=torch.float32, operations_backend=operations_backend)
     prompts = [ids(12, 12), ids(12, 12)[:8], ids(12, 12), ids(5, 13)]
     params = [
         SamplingParams(n=3, logprobs=0),

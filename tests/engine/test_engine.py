@@ -14,7 +14,8 @@ from engine.engine import Engine, Levels
 from engine.errors import InputError
 from engine.prefix_tree import build_from_prompts
 from engine.sampling import SamplingParams
-from kernels import available_backends
+from kernels import available_backends, available_operations_backends, logit_blocks, norm, rotary, swiglu
+from kernels.dispatch import choose_backend
 
 METHODS = ["hydragen", "hydragen_noshared"]
 VOCAB_SIZE = 67
@@ -68,6 +69,39 @@ def test_every_backend_gives_the_same_logits(hf, method, backend):
 def test_a_backend_that_is_not_known(hf):
     with pytest.raises(InputError, match="'flash' cannot run float32 on cpu; accepted: .*aten.*; use one of"):
         our_engine(hf, attention_backend="flash")
+
+
+# --- operations backends ---
+
+
+@pytest.mark.parametrize("backend", available_operations_backends(torch.device("cpu"), torch.float32), ids=str)
+def test_every_operations_backend_gives_the_same_logits(hf, monkeypatch, backend):
+    """And all operations, the choice of tokens included, are given it."""
+    drawn = SamplingParams(temperature=0.8, logprobs=2, prompt_logprobs=1, max_tokens=3)
+    expected = tokens(our_engine(hf).generate(WHOLE, drawn))
+    seen = {}
+
+    def recording(module):
+        def choose(given, *tensors, **options):
+            seen.setdefault(module, set()).add(given)
+            return choose_backend(given, *tensors, **options)
+
+        return choose
+
+    for module in (logit_blocks, norm, rotary, swiglu):
+        monkeypatch.setattr(module, "choose_backend", recording(module.__name__))
+    engine = our_engine(hf, operations_backend=str(backend))
+    assert engine.model.operations_backend is backend
+    check(hf, WHOLE, engine.generate(LEVELS, GREEDY, return_logits=True))
+    assert tokens(engine.generate(WHOLE, drawn)) == expected
+    engine.generate(WHOLE, drawn, attention="noattention")  # which rotates queries alone
+    assert seen == {f"kernels.{name}": {backend} for name in ("logit_blocks", "norm", "rotary", "swiglu")}
+
+
+@pytest.mark.parametrize("backend", ["reference", "flash"])
+def test_an_operations_backend_that_is_not_known(hf, backend):
+    with pytest.raises(InputError, match=f"'{backend}' cannot run float32 on cpu; accepted: .*aten.*; use one of"):
+        our_engine(hf, operations_backend=backend)
 
 
 # --- kept levels ---

@@ -277,6 +277,8 @@ class TestMistakes:
             ({"device": "abacus"}, "device 'abacus' is not known; accepted: cpu, cuda, cuda:N"),
             ({"dtype": "int8"}, "dtype 'int8' is not known; accepted: auto, float32, bfloat16, float16"),
             ({"load_format": "pickle"}, "load format 'pickle' is not known; accepted: auto, dummy"),
+            ({"attention_backend": "flash"}, "backend 'flash' is not known; accepted: simd, triton, aten, reference"),
+            ({"operations_backend": "reference"}, "backend 'reference' is not known; accepted: simd, triton, aten"),
             ({"load_format": "dummy", "tp_dir": "x"}, "leave one of them out"),
             ({}, "no such folder: 'nowhere'"),
         ],

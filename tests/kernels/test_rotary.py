@@ -2,41 +2,16 @@
 
 import pytest
 import torch
+from operations import TOLERANCE, rotary_inputs, rotated
 
 from kernels.rotary import apply_rotary_, rotate_into_cache_
 
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 # Of a head, and of what is rotated of it.
 SIZES = [(2, 2), (16, 16), (18, 18), (80, 80), (80, 32), (20, 6)]
 HEAD_DIMS = pytest.mark.parametrize(("head_dim", "rotary_dim"), SIZES)
 INTERLEAVED = pytest.mark.parametrize("interleaved", [False, True])
 pytestmark = pytest.mark.usefixtures("target")
-
-
-def make(num_tokens, num_heads, head_dim, rotary_dim, interleaved, dtype):
-    """Heads, and cosines and sines of random angles as the operations take them."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(num_tokens, num_heads, head_dim, generator=generator).to(dtype)
-    angles = torch.randn(num_tokens, 1, rotary_dim // 2, generator=generator)
-    cos, sin = angles.cos(), angles.sin()
-    cos, sin = ([cos, cos], [-sin, sin])
-    if interleaved:
-        return x, *(torch.stack(pair, -1).flatten(-2) for pair in (cos, sin))
-    return x, torch.cat(cos, -1), torch.cat(sin, -1)
-
-
-def rotated(x, cos, sin, interleaved):
-    """A pair is a complex number that turns by its angle; what follows the last pair stays."""
-    size = cos.shape[-1]
-    first, second = slice(size // 2), slice(size // 2, size)
-    if interleaved:
-        first, second = slice(0, size, 2), slice(1, size, 2)
-    turned = torch.complex(x[..., first].double(), x[..., second].double())
-    turned = turned * torch.complex(cos[..., first].double(), sin[..., second].double())
-    result = x.double().clone()
-    result[..., first], result[..., second] = turned.real, turned.imag
-    return result
 
 
 def assert_close(actual, expected, dtype):
@@ -48,7 +23,7 @@ def assert_close(actual, expected, dtype):
 @INTERLEAVED
 def test_rotates_in_place(interleaved, head_dim, rotary_dim, dtype):
     """A view of some heads; the others stay."""
-    whole, cos, sin = make(5, 7, head_dim, rotary_dim, interleaved, dtype)
+    whole, cos, sin = rotary_inputs(5, 7, head_dim, rotary_dim, interleaved, dtype)
     before = whole.clone()
     apply_rotary_(whole[:, :4], cos, sin, interleaved)
     assert_close(whole[:, :4], rotated(before[:, :4], cos, sin, interleaved), dtype)
@@ -62,7 +37,7 @@ def test_rotates_in_place(interleaved, head_dim, rotary_dim, dtype):
 @INTERLEAVED
 def test_into_the_cache(interleaved, keys_by_head, num_tokens, head_dim, rotary_dim, dtype):
     """Arenas laid out head by head and token by token; no other slot changes."""
-    qkv, cos, sin = make(num_tokens, 5 + 2 * 3, head_dim, rotary_dim, interleaved, dtype)
+    qkv, cos, sin = rotary_inputs(num_tokens, 5 + 2 * 3, head_dim, rotary_dim, interleaved, dtype)
     q, k, v = qkv.clone().split((5, 3, 3), dim=1)
     by_head = torch.full((3, 30, head_dim), 7.0, dtype=dtype).transpose(0, 1)
     arenas = [by_head, torch.full((30, 3, head_dim), 7.0, dtype=dtype)]
@@ -80,7 +55,7 @@ def test_into_the_cache(interleaved, keys_by_head, num_tokens, head_dim, rotary_
 
 def test_inputs_that_are_not_alike():
     """Slots with strides are read as they are meant; arenas of another dtype are refused."""
-    qkv, cos, sin = make(3, 4, 16, 16, False, torch.float32)
+    qkv, cos, sin = rotary_inputs(3, 4, 16, 16, False, torch.float32)
     arenas = [torch.zeros(8, 1, 16) for _ in range(2)]
     _, k, v = qkv.clone().split((2, 1, 1), dim=1)
     rotate_into_cache_(qkv, cos, sin, *arenas, torch.arange(6)[::2])

@@ -2,29 +2,20 @@
 
 import pytest
 import torch
+from operations import TOLERANCE, activated, normalised, randn
 
 from kernels import simd
 from kernels.norm import add_rms_norm_, rms_norm
 from kernels.swiglu import swiglu
 
-# One rounding of the result, and in float32 that of a sum of squares.
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 SHAPES = pytest.mark.parametrize("shape", [(0, 16), (1, 1), (3, 7), (33, 48), (5, 100)], ids=str)
 pytestmark = pytest.mark.usefixtures("target")
 
 
-def randn(*shape, dtype, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
 def assert_close(actual, expected, dtype):
     assert actual.dtype == dtype
     torch.testing.assert_close(actual.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-
-
-def normalised(x, weight, eps):
-    return x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * weight
 
 
 @DTYPES
@@ -60,10 +51,9 @@ def test_add_rms_norm(shape, dtype):
 def test_swiglu(shape, dtype):
     rows, features = shape
     gate_up = randn(rows, 2 * features, dtype=dtype) * 8
-    gate, up = gate_up.double().chunk(2, dim=-1)
     # PyTorch's rounds the activation before it is multiplied.
     roundings = 1 if simd.host() else 3
-    expected = torch.nn.functional.silu(gate) * up
+    expected = activated(gate_up.double())
     tolerance = roundings * TOLERANCE[dtype]
     torch.testing.assert_close(swiglu(gate_up).double(), expected, rtol=tolerance, atol=tolerance)
 

@@ -161,14 +161,14 @@ class TestOptions:
             "--prompts", "one", "--n", 2, "--temperature", 0.5, "--top-p", 0.9, "--top-k", 7, "--seed", 3,
             "--stop-token-id", 8, "--stop-token-id", 9, "--ignore-eos", "--attention", "hydragen_noshared",
             "--disable-hierarchy", "--dtype", "bfloat16", "--cache-tokens", 640, "--max-batch-size", 1,
-            "--attention-backend", "aten",
+            "--attention-backend", "aten", "--operations-backend", "aten",
         )  # fmt: skip
         assert done.status == 0
         assert seen.pop("group").device == torch.device("cpu")
         assert callable(seen.pop("on_tokens"))
         assert seen == {
             "model": str(tiny_folder), "tp_dir": None, "dtype": "bfloat16", "attention": "hydragen_noshared",
-            "attention_backend": "aten",
+            "attention_backend": "aten", "operations_backend": "aten",
             "load_format": "auto", "revision": None, "cache_tokens": 640, "max_batch_size": 1,
             "disable_hierarchy": True, "params": SamplingParams(
                 n=2, temperature=0.5, top_p=0.9, top_k=7, max_tokens=4, seed=3, stop_token_ids=(8, 9), ignore_eos=True

@@ -117,14 +117,14 @@ def test_every_option_arrives(answer, model, paths, monkeypatch):
     done = answer(
         "--overwrite", "--seed", 3, "--max-tokens", 9, "--window-requests", 7, "--window-mib", 5, "--attention",
         "hydragen_noshared", "--dtype", "bfloat16", "--cache-tokens", 640, "--max-batch-size", 2,
-        "--attention-backend", "aten",
+        "--attention-backend", "aten", "--operations-backend", "aten",
     )  # fmt: skip
     assert done.status == 0
     assert seen.pop("group").device == torch.device("cpu")
     assert seen.pop("job") == {"overwrite": True, "defaults": Defaults(3, 9), "window": WindowSize(7, 5 * 2**20)}
     assert seen == {
         "model": str(model), "tp_dir": None, "dtype": "bfloat16", "attention": "hydragen_noshared",
-        "attention_backend": "aten",
+        "attention_backend": "aten", "operations_backend": "aten",
         "load_format": "auto", "revision": None, "cache_tokens": 640, "max_batch_size": 2,
     }  # fmt: skip
 

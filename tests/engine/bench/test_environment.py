@@ -6,6 +6,7 @@ import yaml
 
 from engine.bench import environment
 from engine.bench.environment import describe_environment
+from kernels import Backend, available_operations_backends
 
 
 def test_is_plain_data_that_says_what_it_ran_on():
@@ -15,6 +16,8 @@ def test_is_plain_data_that_says_what_it_ran_on():
     assert found["device_name"]
     assert found["dtype"] == "bfloat16"
     assert found["world_size"] == 2
+    assert found["attention_backend"] in list(Backend)
+    assert found["operations_backend"] == available_operations_backends(torch.device("cpu"), torch.bfloat16)[0]
     assert found["num_threads"] == torch.get_num_threads()
     assert found["versions"]["torch"] == torch.__version__
     assert found["versions"]["numpy"]

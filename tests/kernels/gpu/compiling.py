@@ -24,10 +24,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels import Segment
-from kernels.gpu import attention, merge
+from kernels.gpu import attention, logit_blocks, merge, norm, rotary, swiglu
 
 _POINTERS = {
-    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
+    torch.float64: "*fp64", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
+    torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 _OPTIONS = ("num_warps", "num_stages")
 
@@ -45,13 +46,13 @@ class Launch:
 
     @classmethod
     def of(cls, case: str, kernel: triton.JITFunction, arguments: tuple, keywords: dict[str, Any]) -> "Launch":
-        """As Triton specialises it: an integer of 1 is a constant, and what 16 divides is known to be so."""
+        """As Triton specialises it: None and an integer of 1 are constants, and what 16 divides is known to be so."""
         options = {name: value for name, value in keywords.items() if name in _OPTIONS}
         values = dict(zip(kernel.arg_names, arguments, strict=False)) | keywords
         signature, constants, attributes = {}, {}, {}
         for index, name in enumerate(kernel.arg_names):
             value = values[name]
-            if name in keywords or (type(value) is int and value == 1):
+            if name in keywords or value is None or (type(value) is int and value == 1):
                 signature[name], constants[name] = "constexpr", value
             elif isinstance(value, torch.Tensor):
                 signature[name] = _POINTERS[value.dtype]
@@ -74,6 +75,7 @@ class Launch:
             "shared_bytes": made.metadata.shared,
             **_resources(made.asm["ptx"]),
             "has_wgmma": "wgmma" in made.asm["ptx"],
+            "divides_exactly": "div.rn.f32" in made.asm["ptx"],
             "cubin_bytes": len(made.asm["cubin"]),
         }
 
@@ -163,6 +165,78 @@ def merge_launches() -> Iterator[Launch]:
         yield Launch.of(f"{dtype}, heads of {D}", merge._merge, arguments, keywords)
 
 
+def norm_launches() -> Iterator[Launch]:
+    """Rows of their own, rows that share a program, rows that do not fit registers; after a sum, and alone."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for dtype, shape, adds in (
+        (bf16, (64, 4096), True),
+        (fp32, (64, 768), True),
+        (bf16, (64, 20_000), True),
+        (bf16, (64, 32, 128), False),  # the heads of queries
+    ):
+        x, weight = torch.empty(shape, dtype=dtype), torch.empty(shape[-1], dtype=dtype)
+        with recorded(norm, "_rms_norm") as seen:
+            if adds:
+                norm.add_rms_norm_(x, x, weight, 1e-5)
+            else:
+                norm.rms_norm(x, weight, 1e-5)
+        ((arguments, keywords),) = seen
+        yield Launch.of(f"{dtype} {shape}{', added' if adds else ''}", norm._rms_norm, arguments, keywords)
+
+
+def swiglu_launches() -> Iterator[Launch]:
+    with recorded(swiglu, "_swiglu") as seen:
+        swiglu.swiglu(torch.empty(64, 2 * 14336, dtype=torch.bfloat16))
+    ((arguments, keywords),) = seen
+    yield Launch.of("torch.bfloat16, 14336 features", swiglu._swiglu, arguments, keywords)
+
+
+def rotary_launches() -> Iterator[Launch]:
+    """In place, and into arenas of more than 2^31 elements: whole heads in halves, parts of them interleaved."""
+    cos = torch.empty(64, 1, 128)
+    with recorded(rotary, "_rotate_in_place") as seen:
+        rotary.apply_rotary_(torch.empty(64, 32, 128, dtype=torch.bfloat16), cos, cos)
+    ((arguments, keywords),) = seen
+    yield Launch.of("torch.bfloat16, 32 heads of 128", rotary._rotate_in_place, arguments, keywords)
+    for dtype, Hq, Hkv, D, P, interleaved in (
+        (torch.bfloat16, 32, 8, 128, 128, False),
+        (torch.float32, 12, 4, 80, 32, True),
+    ):
+        arena = torch.empty(Hkv, 2**25, D, dtype=dtype, device="meta").transpose(0, 1)
+        qkv, slots = torch.empty(64, Hq + 2 * Hkv, D, dtype=dtype), torch.empty(64, dtype=torch.int64)
+        with recorded(rotary, "_rotate_into_cache") as seen:
+            rotary.rotate_into_cache_(qkv, cos[..., :P], cos[..., :P], arena, arena, slots, interleaved)
+        ((arguments, keywords),) = seen
+        case = f"{dtype} {Hq}/{Hkv} heads of {D}, {P} rotated"
+        yield Launch.of(case, rotary._rotate_into_cache, arguments, keywords)
+
+
+def logit_block_launches() -> Iterator[Launch]:
+    """Greedy rows; all rows of a draw, and some, which have a min-p; the entries of a block that was drawn."""
+    logits, by_row = torch.empty(64, 128_256, dtype=torch.bfloat16, device="meta"), torch.empty(64)
+    with recorded(logit_blocks, "_block_maxima") as seen:
+        logit_blocks.block_maxima(logits, 128)
+    ((arguments, keywords),) = seen
+    yield Launch.of("torch.bfloat16, 128256 entries", logit_blocks._block_maxima, arguments, keywords)
+    some = torch.empty(64, dtype=torch.int64)
+    for dtype, width, rows, log_min_p, block in (
+        (torch.bfloat16, 128_256, None, None, 128),
+        (torch.float32, 128_256, some, by_row, 128),
+        (torch.float32, 128, None, by_row, 1),
+    ):
+        with recorded(logit_blocks, "_block_masses") as seen:
+            logit_blocks.block_masses(logits[:, :width].to(dtype), rows, by_row, by_row, log_min_p, block)
+        ((arguments, keywords),) = seen
+        case = f"{dtype}, {width} entries in blocks of {block}{', min-p' if log_min_p is not None else ''}"
+        yield Launch.of(case, logit_blocks._block_masses, arguments, keywords)
+
+
+def operation_launches() -> Iterator[Launch]:
+    """Those around attention."""
+    for launches in (norm_launches, swiglu_launches, rotary_launches, logit_block_launches):
+        yield from launches()
+
+
 if __name__ == "__main__":
-    for launch in (*attention_launches(), *merge_launches()):
+    for launch in (*attention_launches(), *merge_launches(), *operation_launches()):
         print(json.dumps(launch.compile(int(sys.argv[1]))))
