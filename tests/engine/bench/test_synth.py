@@ -16,9 +16,10 @@ from engine.attention.hydragen import Hydragen
 from engine.bench import synth
 from engine.bench.memory_model import footprint
 from engine.bench.modes import ModelOptions
+from engine.bench.ranges import MAX_COMBINATIONS
 from engine.bench.results import Cell, Status, read_cell
 from engine.bench.roofline import Ceilings
-from engine.bench.synth import MAX_CELLS, Sweep, make_grid, print_plan, run_sweep
+from engine.bench.synth import Sweep, make_grid, print_plan, run_sweep
 from engine.distributed import TPGroup
 from engine.errors import InputError
 
@@ -110,7 +111,7 @@ class TestGrid:
         assert cells == tuple(Cell("hf", b, s, 5) for s in (10, 20) for b in (1, 2))
 
     def test_not_too_many(self):
-        assert len(make_grid("hf", range(1, 101), range(1, 101), (1,))) == MAX_CELLS
+        assert len(make_grid("hf", range(1, 101), range(1, 101), (1,))) == MAX_COMBINATIONS
         with pytest.raises(InputError, match="the ranges make 10100 cells; accepted: at most 10000"):
             make_grid("hf", range(1, 102), range(1, 101), (1,))
 
