@@ -77,8 +77,9 @@ def build_micro_rows(results: Iterable[RowResult]) -> list[MicroRow]:
     bases = {_point(result): result for result in results if _name(result) == BASELINE}
 
     def against_base(result: RowResult) -> Ratio | None:
-        base = bases.get(_point(result))
-        return None if base is None or _name(result) not in MODES else ratio([base], [result])
+        base, operation = bases.get(_point(result)), result.row.operation
+        is_whole = not operation or operation in MODES
+        return ratio([base], [result]) if base is not None and is_whole else None
 
     return [MicroRow(result, against_base(result)) for result in results]
 

@@ -1,0 +1,106 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from engine.attention import METHODS, Keeps
+from engine.attention.hydragen import Hydragen
+from engine.bench import decode_workload
+from engine.bench.decode_workload import MODES, DecodeWorkload, Mode, choice_of, num_slots, plan_of
+from engine.bench.micro_results import Sizes
+from engine.bench.operations import whole_attention
+from kernels import Backend
+from kernels.reference import segment_attention
+
+CPU = torch.device("cpu")
+SIZES = Sizes(3, num_shared=5, num_unique=4, unique_seq_len=2, num_heads=4, num_kv_heads=2, head_dim=8)
+
+
+def plan_table(sizes, mode):
+    return [
+        (s.q_offsets.tolist(), s.k_starts.tolist(), s.k_lens.tolist(), None if s.k_rooms is None else s.k_rooms.tolist())
+        for s in plan_of(sizes, mode).segments
+    ]
+
+
+def test_hydragen_has_the_prompt_once_and_own_keys_in_rooms():
+    assert plan_of(SIZES, "hydragen").num_slots == num_slots(SIZES, Keeps.NODES) == 5 + 3 * 4
+    assert plan_table(SIZES, "hydragen") == [
+        ([0, 1, 2, 3], [5, 9, 13], [2, 2, 2], [4, 4, 4]),
+        ([0, 3], [0], [5], None),
+    ]
+
+
+def test_base_has_each_history_in_one_piece():
+    assert plan_of(SIZES, "base").num_slots == num_slots(SIZES, Keeps.HISTORIES) == 3 * (5 + 4)
+    assert plan_table(SIZES, "base") == [([0, 1, 2, 3], [0, 9, 18], [7, 7, 7], [9, 9, 9])]
+
+
+def test_segments_without_keys_are_left_out():
+    no_unique, no_shared = replace(SIZES, num_unique=0, unique_seq_len=0), replace(SIZES, num_shared=0)
+    assert plan_table(no_unique, "hydragen") == [([0, 3], [0], [5], None)]
+    assert plan_table(no_unique, "base") == [([0, 1, 2, 3], [0, 5, 10], [5, 5, 5], [5, 5, 5])]
+    assert plan_table(no_shared, "hydragen") == plan_table(no_shared, "base")
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        SIZES,
+        replace(SIZES, unique_seq_len=4),
+        replace(SIZES, num_unique=0, unique_seq_len=0),
+        replace(SIZES, unique_seq_len=0),
+        replace(SIZES, num_shared=0),
+        replace(SIZES, batch_size=1),
+    ],
+)
+@pytest.mark.parametrize("backend", [None, Backend.ATEN])
+def test_every_mode_computes_the_same_attention(sizes, backend):
+    workload = DecodeWorkload(sizes, CPU, torch.float32, seed=3)
+    base = workload.keys("base")
+    (segment,) = base.plan.segments
+    expected, _ = segment_attention(
+        workload.q_BHD.double(), base.k_SHD.double(), base.v_SHD.double(), segment, workload.scale
+    )
+    assert expected.abs().min() > 0
+    for mode in MODES:
+        found = whole_attention(mode).make(workload, backend).run()
+        torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_every_sequence_has_a_copy_of_its_own():
+    keys = DecodeWorkload(SIZES, CPU, torch.bfloat16, seed=0).keys("base")
+    assert keys.k_SHD.shape == (27, 2, 8) and keys.k_SHD.stride() == (8, 27 * 8, 1)  # head-major, as the engine has it
+    for start in (9, 18):
+        assert torch.equal(keys.k_SHD[start : start + 5], keys.k_SHD[:5])
+        assert not torch.equal(keys.k_SHD[start + 5 : start + 7], keys.k_SHD[5:7])
+        assert not keys.k_SHD[start + 7 : start + 9].any()  # room
+    assert not torch.equal(keys.k_SHD, keys.v_SHD)
+
+
+def test_seeds_make_numbers():
+    q = [DecodeWorkload(SIZES, CPU, torch.bfloat16, seed).q_BHD for seed in (0, 0, 1)]
+    assert torch.equal(q[0], q[1]) and not torch.equal(q[0], q[2])
+
+
+class ReadsUnshared(Hydragen):
+    """Keeps nodes once, and reads the prompt once for each sequence."""
+
+    name = "reads_unshared"
+
+    def shared_segments(self, tree, placement, runs):
+        (segment,) = super().shared_segments(tree, placement, runs)
+        batch = len(runs.num_new)
+        each = {name: np.repeat(getattr(segment, name), batch) for name in ("k_starts", "k_lens", "k_positions")}
+        return [replace(segment, q_offsets=runs.q_offsets, **each)]
+
+
+def test_a_mode_that_chooses_says_what(monkeypatch):
+    assert choice_of(SIZES, "hydragen") is None
+    monkeypatch.setitem(METHODS, "reads_unshared", ReadsUnshared())
+    monkeypatch.setitem(decode_workload.MODES, "auto", Mode("hydragen", chooses=True))
+    monkeypatch.setitem(decode_workload.MODES, "cautious", Mode("reads_unshared", chooses=True))
+    assert choice_of(SIZES, "auto") == "shared"
+    assert choice_of(SIZES, "cautious") == "unshared"
+    plan_of.cache_clear()
