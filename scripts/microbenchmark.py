@@ -75,21 +75,23 @@ def microbenchmark(
         bool, typer.Option("--dry-run", help="Print the grid and each row's memory, and run nothing.")
     ] = False,
 ) -> None:
-    """Time the attention of one layer in one decode step: BS queries, NUM_SHARED shared keys, NUM_UNIQUE own keys each.
+    """Time the attention of one layer in one decode step: BS queries, NUM_SHARED shared and NUM_UNIQUE own keys each.
 
-    Every combination of the ranges is a row, and every row one file. A row that has a file is skipped. A row that cannot
-    fit in memory is recorded as such, and the rest goes on. Each call meets cold caches: what lies in them is driven out
-    by reading a buffer, which is not timed. On CUDA a call is a graph's replay, timed by the device's events.
+    Every combination of the ranges is a row, and every row one file. A row that has a file is skipped. A row that
+    cannot fit in memory is recorded as such, and the rest goes on. Each call meets cold caches: what lies in them is
+    driven out by reading a buffer, which is not timed. On CUDA a call is a graph's replay, timed by the device's
+    events.
 
-    Mode base gives each sequence a contiguous copy of the shared keys, and reads all of them: attention without sharing.
-    Mode hydragen keeps and reads the shared keys once. --compare base times both turn by turn, so that the ratio is of
-    one run.
+    Mode base gives each sequence a contiguous copy of the shared keys, and reads all of them: attention without
+    sharing. Mode hydragen keeps and reads the shared keys once. --compare base times both turn by turn, so that the
+    ratio is of one run.
 
     Mode operations times single operations of a decode step, with every backend that runs here: attention over the
     shared keys and over the own keys, the merge of two states, RMSNorm after a sum, the rotary embedding with the write
     into the cache, SwiGLU and the greedy choice; beside them base and hydragen, and memory_read, which reads as many
-    bytes as base (1 GiB at most). All take turns. The hidden size is query heads x dim, the MLP's 8/3 of it rounded up to
-    256, the vocabulary 32000. It says how hydragen compares with the sum of its parts, and base with the memory's rate.
+    bytes as base keeps (1 GiB at most). All take turns. The hidden size is query heads x dim, the MLP's 8/3 of it
+    rounded up to 256, the vocabulary 32000. It says how hydragen compares with the sum of its parts, and base with the
+    memory's rate. The reference backend, which is there to be right, is left out.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""Empties a device's caches of what is to be timed: in a decode step every layer meets keys that are in none of them."""
+"""Empties a device's caches of what is to be timed: in a decode step every layer meets keys that are in none."""
 
 import re
 from pathlib import Path

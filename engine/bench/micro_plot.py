@@ -27,7 +27,8 @@ def draw_micro(rows: Sequence[MicroRow]) -> bytes:
     groups = [list(group) for _, group in groupby(sorted(rows, key=_group_key), key=_group_key)]
     num_rows = [-(-_num_panels(group) // _COLUMNS) for group in groups]
     width, height = _PANEL_SIZE
-    figure = Figure(figsize=(width * _COLUMNS, height * sum(num_rows) + 0.7 * len(groups)), dpi=130, layout="constrained")
+    size = (width * _COLUMNS, height * sum(num_rows) + 0.7 * len(groups))
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
     parts = figure.subfigures(len(groups), squeeze=False, height_ratios=num_rows)[:, 0]
     for part, group in zip(parts, groups, strict=True):
         _draw_group(part, group)

@@ -134,8 +134,8 @@ def make_grid(
     odd_dims = [str(dim) for dim in head_dims if dim % 2]
     if odd_dims and OPERATIONS_MODE in modes:
         raise InputError(
-            f"--dim-range holds {_listed(odd_dims)}; accepted: even numbers in mode {OPERATIONS_MODE}, for RoPE rotates "
-            "pairs; use these"
+            f"--dim-range holds {_listed(odd_dims)}; accepted: even numbers in mode {OPERATIONS_MODE}, for RoPE "
+            "rotates pairs; use these"
         )
     if unique_seq_len is not None and unique_seq_len > min(num_unique):
         raise InputError(

@@ -1,4 +1,4 @@
-"""A buffer that is there to be read from end to end: to find out how fast memory is, or to drive all else from caches."""
+"""A buffer that is there to be read from end to end: to see how fast memory is, or to drive all else from caches."""
 
 import torch
 

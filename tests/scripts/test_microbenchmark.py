@@ -1,4 +1,4 @@
-"""What the command adds to ``engine.bench.microbenchmark``, and mistakes in its arguments, with and without --dry-run."""
+"""What the command adds to ``engine.bench.microbenchmark``, and mistakes in its arguments."""
 
 import pytest
 from commands import Command, assert_mistake, torchrun

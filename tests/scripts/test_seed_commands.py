@@ -178,7 +178,7 @@ def test_of_vllm(line, mode, tmp_path, monkeypatch):
 UNIQUE = list(range(0, 513, 16))
 # ``for u in {0..512..16}`` is a command for each length.
 MICRO_LINES = [
-    *((mode, bs, s, "0:513:16") for mode in ("base", "hydragen") for bs, s in ((512, 1024), (1024, 2048), (2048, 4096))),
+    *((mode, size, 2 * size, "0:513:16") for mode in ("base", "hydragen") for size in (512, 1024, 2048)),
     ("hydragen", 4096, 8192, "0:513:16"),
     *(("base", 4096, 8192, str(unique)) for unique in UNIQUE),
 ]

@@ -19,7 +19,7 @@ SIZES = Sizes(3, num_shared=5, num_unique=4, unique_seq_len=2, num_heads=4, num_
 
 def plan_table(sizes, mode):
     return [
-        (s.q_offsets.tolist(), s.k_starts.tolist(), s.k_lens.tolist(), None if s.k_rooms is None else s.k_rooms.tolist())
+        tuple(None if x is None else x.tolist() for x in (s.q_offsets, s.k_starts, s.k_lens, s.k_rooms))
         for s in plan_of(sizes, mode).segments
     ]
 

@@ -79,7 +79,8 @@ def test_noisy_points_are_hollow_and_bands_do_not_flatten_the_lines(figures):
 
 
 def test_each_setting_has_its_own_panels(tmp_path, figures):
-    rows = build_micro_rows([*GRID, row_result(num_heads=16), row_result(backend="aten"), row_result(env={"dtype": "float32"})])
+    others = [row_result(num_heads=16), row_result(backend="aten"), row_result(env={"dtype": "float32"})]
+    rows = build_micro_rows([*GRID, *others])
     assert plot_micro(rows, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert len([axes for axes in figures[0].axes if axes.axison]) == 3 + 3

@@ -59,7 +59,7 @@ class TestFiles:
         assert FILES.is_finished(tmp_path, RESULT.row)
         assert not FILES.is_finished(tmp_path, replace(RESULT.row, batch_size=1))
         text = path.read_text()
-        assert text.startswith("# hydragen: batch 32, shared 1024, unique 64, 8/1 heads of 128: 2.0000 ms, spread 30.0%")
+        assert text.startswith("# hydragen: batch 32, shared 1024, unique 64, 8/1 heads of 128: 2.0000 ms, spread 30.")
         assert "\nkind: microbenchmark\n" in text and "\ntimed_with: cuda_graph\n" in text
 
     def test_an_ok_row_needs_times(self, tmp_path):

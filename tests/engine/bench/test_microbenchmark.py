@@ -230,7 +230,8 @@ class TestMemory:
     def test_one_of_two_that_take_turns(self, sweep, monkeypatch):
         one = replace(GRID[1], batch_size=64, num_shared=64)
         both = replace(sweep, modes=("base", "hydragen"), grid=(one,))
-        needed = [microbenchmark.memory_of([(s.operation, None)], one, sweep.dtype) for s in subjects_of(both, one, CPU)]
+        subjects = subjects_of(both, one, CPU)
+        needed = [microbenchmark.memory_of([(s.operation, None)], one, sweep.dtype) for s in subjects]
         assert needed[0].total > 2 * needed[1].total
         monkeypatch.setattr(microbenchmark, "available_bytes", lambda group: needed[0].total)
         assert [row[-1] for row in plan(both)] == ["does not fit", "to be run"]
