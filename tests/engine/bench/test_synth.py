@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from documented import fields_of_table
 from ranks import World, run_ranks
 from rich.console import Console
 
@@ -121,7 +122,7 @@ class TestResults:
     def test_every_mode_writes_what_is_documented(self, sweep, mode):
         printed = run(sweep(mode))
         assert "Loading tiny for mode" in printed and "skipped" not in printed
-        documented = set(re.findall(r"`(\w+)`", "".join(_table_of("docs/benchmark-files.md"))))
+        documented = fields_of_table(0)
         for cell, result in results(sweep(mode)).items():
             assert cell.path(Path()) == Path(mode, f"b{cell.batch_size}_s{cell.num_shared}_u4.yaml")
             raw = yaml.safe_load(cell.path(sweep(mode).outdir).read_text())
@@ -184,12 +185,6 @@ class TestResults:
         for result in results(sweep("vllm")).values():
             assert result.environment["world_size"] == 8
             assert (result.predicted_bytes, result.peak_bytes) == ((), ())
-
-
-def _table_of(path: str) -> list[str]:
-    """The first column of a document's table."""
-    lines = (Path(__file__).parents[3] / path).read_text().splitlines()
-    return [line.split("|")[1] for line in lines if line.startswith("| `")]
 
 
 class TestResumption:
