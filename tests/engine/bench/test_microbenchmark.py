@@ -12,6 +12,7 @@ from rich.console import Console
 from engine.arena import fits_beside
 from engine.bench import microbenchmark
 from engine.bench.cache_flush import CacheFlush
+from engine.bench.decode_workload import MODES
 from engine.bench.micro_results import FILES, Sizes, TimedWith
 from engine.bench.microbenchmark import (
     MicroSweep,
@@ -327,8 +328,9 @@ class TestOperations:
         assert {result.status for result in results} == {Status.OK}
         names = [(result.row.operation, result.row.backend) for result in results]
         assert names == [(s.row.operation, s.row.backend) for s in subjects_of(sweep_of(sizes), sizes, CPU)]
-        assert {"base", "hydragen", "memory_read", "attention_shared", "attention_own", "merge_states", "add_rms_norm",
-                "rotary_into_cache", "swiglu", "greedy"} == {name for name, _ in names}  # fmt: skip
+        others = {"memory_read", "attention_shared", "attention_own", "merge_states"}
+        rows = {"add_rms_norm", "rotary_into_cache", "swiglu", "greedy"}
+        assert {name for name, _ in names} == {*MODES, *others, *rows}
         assert {backend for name, backend in names if name == "attention_own"} >= {"aten"}
         by_name = {result.row.operation: result for result in results}
         swiglu, own = by_name["swiglu"], by_name["attention_own"]
