@@ -20,13 +20,13 @@ import torch
 import kernels
 from engine.attention import Auto
 from engine.attention.crossover import ALWAYS, NEVER, Crossover
-from engine.attention.decode_step import plan_decode_step
+from engine.attention.decode_step import one_prompt, plan_decode
 from engine.cpu import read_cpu
 from engine.cuda_graphs import capture
 from engine.distributed import TPGroup
 from engine.files import write_whole
 from engine.kv_cache import make_arena
-from engine.prefix_tree import build_from_levels
+from engine.prefix_tree import PrefixTree
 from kernels import AttentionPlan, Backend
 
 SCHEMA_VERSION = 1
@@ -161,7 +161,7 @@ class _Work:
         self._queries = torch.randn(NUM_QUERIES[-1], setting.num_heads, setting.head_dim, device=device).to(dtype)
 
     def try_both(self, num_queries: int, length: int) -> Trial:
-        tree = build_from_levels([[[0] * length], [[0]] * num_queries])
+        tree = one_prompt(length, num_queries)
         calls = [self._prepared(Auto(crossover), tree) for crossover in (ALWAYS, NEVER)]
         for call in calls:
             self._time(call)
@@ -171,8 +171,8 @@ class _Work:
         shared, alone = (min(own) * 1e3 for own in zip(*times, strict=True))
         return Trial(num_queries, length, shared, alone)
 
-    def _prepared(self, method: Auto, tree) -> Callable[[], object]:
-        step = plan_decode_step(method, tree, _OWN_KEYS)
+    def _prepared(self, method: Auto, tree: PrefixTree) -> Callable[[], object]:
+        step = plan_decode(method, tree, _OWN_KEYS, _OWN_KEYS)
         plan = AttentionPlan.of(step.segments, self._device, self._dtype, self._backend)
         queries, scale = self._queries[: tree.num_sequences], self._queries.shape[2] ** -0.5
 

@@ -35,7 +35,7 @@ from engine.shards import ShardDir, open_shards
 
 LoadFormat = Literal["auto", "dummy"]
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILE = "tokenizer.json"
 _default_dtype_lock = threading.Lock()  # the default dtype is the process's, not the thread's
 
@@ -261,9 +261,9 @@ def _notice_emulation(dtype: torch.dtype, device: torch.device) -> None:
 
 def _parse_dtype(name: str) -> torch.dtype | None:
     """None for "auto"."""
-    if name != "auto" and name not in _DTYPES:
-        raise InputError(f"dtype {name!r} is not known; accepted: auto, {', '.join(_DTYPES)}")
-    return _DTYPES.get(name)
+    if name != "auto" and name not in DTYPES:
+        raise InputError(f"dtype {name!r} is not known; accepted: auto, {', '.join(DTYPES)}")
+    return DTYPES.get(name)
 
 
 def _allocate(config: ModelConfig, group: TPGroup) -> Transformer:

@@ -51,6 +51,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and re.search("can('t|not) allocate memory", str(error), re.I) is not None
 
 
+def describe_out_of_memory(error: BaseException) -> str:
+    """An error of which ``is_out_of_memory`` is true, in one line."""
+    return " ".join(["out of memory:", *str(error).splitlines()[:1]]).rstrip(":")
+
+
 def free_host_bytes(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int:
     """Free memory of the host or below the container's limit, whichever is less. Half of all where nothing tells."""
     if not meminfo.exists():

@@ -1,39 +1,57 @@
-"""A decode step of a whole tree, as a method plans it, for programs that measure or predict one."""
+"""The attention of one decode step as a method plans it, all sequences at once, with nobody else in the KV arena.
 
+Shapes: B sequences.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from engine.attention.method import AttentionMethod, Runs
-from engine.attention.placement import place_in_order
-from engine.prefix_tree import PrefixTree
+from engine.attention.placement import Placement, place_in_order
+from engine.prefix_tree import PrefixTree, build_from_levels
 from kernels import Segment
 
 
 @dataclass(frozen=True)
-class DecodeStep:
-    """One query for each sequence, in depth-first order."""
+class DecodePlan:
+    """Where the keys lie, and which segments read them."""
 
-    segments: list[Segment]
-    runs: Runs
-    num_slots: int  # of the arena, from slot 0 on
+    placement: Placement
+    num_slots: int  # of the arena that holds them
+    own: list[Segment]
+    shared: list[Segment]
+
+    @property
+    def segments(self) -> list[Segment]:
+        """In the order in which the engine evaluates them."""
+        return self.own + self.shared
 
 
-def plan_decode_step(method: AttentionMethod, tree: PrefixTree, own_len: int, room: int | None = None) -> DecodeStep:
-    """All sequences of ``tree`` with ``own_len`` keys of their own each, whatever suffix the tree gives them.
+def one_prompt(shared_len: int, batch: int) -> PrefixTree:
+    """A tree of ``batch`` sequences below one prompt of ``shared_len`` tokens."""
+    return build_from_levels([[np.zeros(shared_len, dtype=np.int64)], [[0]] * batch])
 
-    ``room`` is the slots that each has for its own, ``own_len`` if not given, and one at least.
-    """
+
+def plan_decode(method: AttentionMethod, tree: PrefixTree, unique_len: int, room: int) -> DecodePlan:
+    """Every sequence has one new token, the last of ``unique_len`` keys of its own, whatever suffix the tree gives it,
+    and room for ``room`` of them."""
     sequences = np.arange(tree.num_sequences)
-    rooms = np.full_like(sequences, max(1, own_len if room is None else room))
-    placement, num_slots = place_in_order(tree, method.keeps, rooms)
+    placement, num_slots = place_in_order(tree, method.keeps, np.full_like(sequences, room))
     runs = Runs(
         num_new=np.ones_like(sequences),
         positions=tree.table.suffix_position,
         own_starts=placement.suffix_starts(sequences),
-        own_lens=np.full_like(sequences, own_len),
+        own_lens=np.full_like(sequences, unique_len),
         own_rooms=placement.suffix_rooms(sequences),
         paths=tree.paths(tree.table.leaf_node),
     )
-    segments = method.own_segments(runs) + method.shared_segments(tree, placement, runs)
-    return DecodeStep(segments, runs, num_slots)
+    shared = method.shared_segments(tree, placement, runs)
+    return DecodePlan(placement, num_slots, method.own_segments(runs), shared)
+
+
+def count_keys(segments: Sequence[Segment]) -> tuple[int, int]:
+    """``(keys read, pairs of query and key)``: a row's keys are read once for all of its queries."""
+    keys_read = sum(int(s.k_lens.sum()) for s in segments)
+    return keys_read, sum(int((np.diff(s.q_offsets) * s.k_lens).sum()) for s in segments)

@@ -53,7 +53,10 @@ def footprint(config: ModelConfig, world_size: int, cell: Cell) -> Footprint | N
         return None
     dtype = config.dtype
     weights, num_kv_heads = _weights(config, world_size)
-    cache = cache_tokens(cell) * KVCache.bytes_per_slot(config, num_kv_heads, dtype)
+    num_slots = cache_tokens(cell)
+    if num_slots and cell.mode in METHODS:
+        num_slots += 1  # KVCache's scratch slot
+    cache = num_slots * KVCache.bytes_per_slot(config, num_kv_heads, dtype)
     activations = activation_bytes(config, dtype, world_size, cell.num_shared, cell.batch_size)
     if cell.mode == "hf":
         activations += cache // (2 * config.num_layers)  # a cache that grows by a token is copied, tensor by tensor

@@ -1,6 +1,8 @@
 """The range syntax of the benchmark programs: which batch sizes and lengths a sweep covers."""
 
+import math
 import re
+from collections.abc import Sequence
 
 from engine.errors import InputError
 
@@ -10,6 +12,7 @@ GRAMMAR = (
 )
 MAX_VALUE = 2**31 - 1
 MAX_VALUES = 10_000
+MAX_COMBINATIONS = 10_000
 
 _LIST = re.compile(r"[0-9]+(\s*,\s*[0-9]+)*")
 _SPAN = re.compile(r"([0-9]+)\s*:\s*([0-9]+)\s*:\s*(x?)([0-9]+)")
@@ -43,6 +46,15 @@ def parse_range(text: str, *, allow_zero: bool = False, name: str = "value") -> 
             raise _error(text, name, f"holds {value} twice")
         seen.add(value)
     return tuple(values)
+
+
+def check_combinations(ranges: Sequence[Sequence[int]], what: str) -> None:
+    """Raises InputError for ranges that make more than ``MAX_COMBINATIONS`` of ``what``."""
+    count = math.prod(map(len, ranges))
+    if count > MAX_COMBINATIONS:
+        raise InputError(
+            f"the ranges make {count} {what}; accepted: at most {MAX_COMBINATIONS}; use longer steps"
+        )
 
 
 def _span(start: int, stop: int, step: int, geometric: bool, text: str, name: str) -> list[int] | range:

@@ -162,14 +162,14 @@ def _print_comparison(title: str, rows: list[Row], console: "Console") -> None:
     columns = {
         "ranks": [str(_num_ranks(row.result)) for row in rows],
         "tokens/s": [_throughput(row.result) for row in rows],
-        "vs\nnoattn": [_number(row.vs_noattention, ".2f") for row in rows],
-        "vs\nnoshared": [_number(row.vs_noshared, ".2f") for row in rows],
-        "vs\nhf": [_number(row.vs_hf, ".2f") for row in rows],
-        "spread": [_number(row.spread, ".1%") + (" !" if row.result.high_spread else "") for row in rows],
-        "prefill\nms": [_number(row.prefill_ms, ",.1f") for row in rows],
-        "roof-\nline": [_number(row.result.roofline_fraction, ".0%") for row in rows],
+        "vs\nnoattn": [format_number(row.vs_noattention, ".2f") for row in rows],
+        "vs\nnoshared": [format_number(row.vs_noshared, ".2f") for row in rows],
+        "vs\nhf": [format_number(row.vs_hf, ".2f") for row in rows],
+        "spread": [format_number(row.spread, ".1%") + (" !" if row.result.high_spread else "") for row in rows],
+        "prefill\nms": [format_number(row.prefill_ms, ",.1f") for row in rows],
+        "roof-\nline": [format_number(row.result.roofline_fraction, ".0%") for row in rows],
     }
-    columns = {heading: values for heading, values in columns.items() if set(values) != {_MISSING}}
+    columns = {heading: values for heading, values in columns.items() if set(values) != {MISSING}}
     if len({_num_ranks(row.result) for row in rows if row.result.cell.mode not in HF_MODES}) <= 1:
         del columns["ranks"]  # the title says it
 
@@ -190,7 +190,7 @@ def _print_comparison(title: str, rows: list[Row], console: "Console") -> None:
     console.print(table)
 
 
-_MISSING = "-"
+MISSING = "-"
 
 
 def _throughput(result: CellResult) -> str:
@@ -200,11 +200,11 @@ def _throughput(result: CellResult) -> str:
         return "one token"  # decode throughput starts with the second
     if result.tokens_per_second is None:
         return "lost in noise"
-    return _number(result.tokens_per_second, ",.0f" if result.tokens_per_second >= 100 else ".1f")
+    return format_number(result.tokens_per_second, ",.0f" if result.tokens_per_second >= 100 else ".1f")
 
 
-def _number(value: float | None, spec: str) -> str:
-    return _MISSING if value is None else format(value, spec)
+def format_number(value: float | None, spec: str) -> str:
+    return MISSING if value is None else format(value, spec)
 
 
 # ---- CSV
@@ -222,11 +222,15 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 
     Bytes are those of the rank that needs most. A value that is missing is an empty field.
     """
+    write_table(path, _COLUMNS, [_csv_values(row) for row in rows])
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[dict[str, object]]) -> None:
+    """Writes a CSV; numbers that are no integers with six digits."""
     buffer = io.StringIO(newline="")
-    writer = csv.DictWriter(buffer, _COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
     writer.writeheader()
-    for row in rows:
-        values = _csv_values(row)
+    for values in rows:
         writer.writerow({name: float(f"{v:.6g}") if isinstance(v, float) else v for name, v in values.items()})
     write_whole(path, buffer.getvalue().encode())
 
@@ -263,14 +267,19 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
     Each setting and unique length has its own pair of panels. Raises InputError when matplotlib is not installed.
     """
-    if not find_spec("matplotlib"):
-        raise InputError(
-            "plotting needs matplotlib, which is not installed; run in the repository's root: "
-            'pip install -e ".[plots]"'
-        )
+    require_matplotlib()
     from engine.bench.plot import Comparison, draw  # here: matplotlib takes half a second to import
 
     comparisons = [
         Comparison(title, sweep, [row.result for row in members]) for title, sweep, members in _comparisons(rows)
     ]
     write_whole(path, draw(comparisons))
+
+
+def require_matplotlib() -> None:
+    """Raises InputError when it is not installed."""
+    if not find_spec("matplotlib"):
+        raise InputError(
+            "plotting needs matplotlib, which is not installed; run in the repository's root: "
+            'pip install -e ".[plots]"'
+        )

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from engine.attention import AttentionMethod, get_method
-from engine.attention.decode_step import plan_decode_step
+from engine.attention.decode_step import count_keys, plan_decode
+from engine.bench.streamed_buffer import StreamedBuffer
 from engine.bench.timing import Timer
 from engine.config import ModelConfig
-from engine.prefix_tree import PrefixTree, build_from_levels
+from engine.prefix_tree import PrefixTree
 from engine.sharding import local_kv_heads
 from kernels.window import within_window
 
@@ -45,11 +46,6 @@ class Cost:
     @property
     def flops(self) -> int:
         return self.linear_flops + self.attention_flops
-
-
-def one_prompt(shared_len: int, batch: int) -> PrefixTree:
-    """A tree of ``batch`` sequences below one prompt of ``shared_len`` tokens, for ``decode_step_cost``."""
-    return build_from_levels([[[0] * shared_len], [[0]] * batch])
 
 
 def decode_step_cost(
@@ -98,12 +94,11 @@ def _count_keys(
 def _planned_keys(
     method: AttentionMethod, tree: PrefixTree, unique_len: int, window: int | None
 ) -> tuple[int, int]:
-    segments = plan_decode_step(method, tree, unique_len).segments
+    segments = plan_decode(method, tree, unique_len, max(unique_len, 1)).segments
     if window is not None:
         q_positions = tree.table.suffix_position + unique_len - 1
         segments = [part for segment in segments for part in within_window(segment, q_positions, window)]
-    keys_read = sum(int(s.k_lens.sum()) for s in segments)
-    return keys_read, sum(int((np.diff(s.q_offsets) * s.k_lens).sum()) for s in segments)
+    return count_keys(segments)
 
 
 def predict_ms(cost: Cost, ceilings: Ceilings) -> float:
@@ -134,10 +129,8 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, rows: int = 64, s
 
 def read_gbs(device: torch.device, budget_s: float) -> float:
     """10^9 bytes/s: the best rate of a reduction over a buffer several times the size of any cache."""
-    num_bytes = 1 << (30 if device.type == "cuda" else 28)
-    # A dot product writes nothing, and of the reductions tried on CPU it came nearest to the memory's rate.
-    left, right = torch.ones(2, num_bytes // 8, dtype=torch.float32, device=device)
-    return num_bytes / (_best_ms(lambda: torch.dot(left, right), device, budget_s) * 1e6)
+    buffer = StreamedBuffer(1 << (30 if device.type == "cuda" else 28), device)
+    return buffer.num_bytes / (_best_ms(buffer.read, device, budget_s) * 1e6)
 
 
 def _matmul_tflops(rows: int | None, device: torch.device, dtype: torch.dtype, budget_s: float) -> float:

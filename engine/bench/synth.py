@@ -13,22 +13,22 @@ from rich.table import Table
 
 from engine.arena import fits_beside
 from engine.attention import METHODS
+from engine.attention.decode_step import one_prompt
 from engine.bench.environment import describe_environment
 from engine.bench.memory_model import Footprint, footprint
 from engine.bench.modes import Mode, ModelOptions, make_mode, make_prompt
 from engine.bench.peak_memory import PeakMemory
+from engine.bench.ranges import check_combinations
 from engine.bench.results import Cell, CellResult, Status, is_finished, read_results, write_cell
-from engine.bench.roofline import Ceilings, decode_step_cost, measure_ceilings, one_prompt, predict_ms
+from engine.bench.roofline import Ceilings, decode_step_cost, measure_ceilings, predict_ms
 from engine.bench.timing import Timer
 from engine.config import ModelConfig
 from engine.distributed import TPGroup
 from engine.errors import InputError
 from engine.files import check_outdir
-from engine.memory import available_bytes, is_out_of_memory
+from engine.memory import available_bytes, describe_out_of_memory, is_out_of_memory
 from engine.progress import progress_bar
 from engine.shards import dtype_name
-
-MAX_CELLS = 10_000
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,8 @@ class Sweep:
 def make_grid(
     mode: str, batch_sizes: Sequence[int], num_shared: Sequence[int], num_unique: Sequence[int]
 ) -> tuple[Cell, ...]:
-    """Every combination; batch sizes change fastest. Raises InputError for more than ``MAX_CELLS``."""
-    count = len(batch_sizes) * len(num_shared) * len(num_unique)
-    if count > MAX_CELLS:
-        raise InputError(f"the ranges make {count} cells; accepted: at most {MAX_CELLS}; use longer steps")
+    """Every combination; batch sizes change fastest. Raises InputError for too many."""
+    check_combinations((batch_sizes, num_shared, num_unique), "cells")
     return tuple(Cell(mode, b, s, u) for u in num_unique for s in num_shared for b in batch_sizes)
 
 
@@ -255,12 +253,12 @@ class _Runner:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            failure = (Status.OUT_OF_MEMORY, _out_of_memory(error))
+            failure = (Status.OUT_OF_MEMORY, describe_out_of_memory(error))
         return next((f for f in self._group.gather_objects(failure) if f is not None), None)
 
     def _ran_out(self, result: CellResult, error: Exception) -> CellResult:
         """The result of a cell that ran out of memory after all."""
-        result = replace(result, status=Status.OUT_OF_MEMORY, message=_out_of_memory(error))
+        result = replace(result, status=Status.OUT_OF_MEMORY, message=describe_out_of_memory(error))
         if self._group.size == 1:
             return result
         # The other ranks may be waiting for this one: there is no going on together. The next run skips the cell.
@@ -341,10 +339,6 @@ def _outcome(result: CellResult) -> str:
         return result.message
     speed = result.tokens_per_second
     return "no decode time above the noise" if speed is None else f"{speed:,.0f} tokens/s"
-
-
-def _out_of_memory(error: Exception) -> str:
-    return " ".join(["out of memory:", *str(error).splitlines()[:1]]).rstrip(":")
 
 
 def _length(cell: Cell) -> int:

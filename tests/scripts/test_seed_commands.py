@@ -1,6 +1,7 @@
-"""The command lines of the Hydragen paper's end-to-end benchmarks, as printed but with ``tools/`` for ``hydragen/``.
+"""The command lines of the Hydragen paper's benchmarks, as printed but with ``tools/`` for ``hydragen/``.
 
-Each is planned, on a stand-in for its model that has the positions and the eight heads that it needs.
+Those of end-to-end benchmarks are planned, each on a stand-in for its model that has the positions and the eight heads
+that it needs; those of microbenchmarks are planned as they are, and run with smaller sizes.
 """
 
 import re
@@ -11,12 +12,16 @@ import pytest
 from checkpoints import save_random
 from commands import Command, assert_mistake
 
-from engine.bench import modes
+from engine.bench import microbenchmark, modes
+from engine.bench.cache_flush import CacheFlush
+from engine.bench.micro_results import FILES
+from engine.bench.roofline import Ceilings
 from engine.presets import find_preset
 from engine.shards import open_shards
 
 make_tp_files = Command("tools/make_tp_files.py")
 synth = Command("scripts/synth.py")
+micro = Command("scripts/microbenchmark.py")
 
 LENGTHS = {128: "1024,2048,4096,8192,16256", 256: "1024,2048,4096,8192,16128"}  # with these 16384 tokens at most
 SHORTER = ["1024", "1024,2048", "1024,2048,4096", "1024,2048,4096,8192"]
@@ -168,3 +173,37 @@ def test_of_vllm(line, mode, tmp_path, monkeypatch):
     monkeypatch.setattr(modes, "find_spec", lambda library: library)
     done = synth(*arguments, "--load-format", "dummy", "--dry-run")
     assert planned(done.stdout) == line.cells()
+
+
+UNIQUE = list(range(0, 513, 16))
+# ``for u in {0..512..16}`` is a command for each length.
+MICRO_LINES = [
+    *((mode, size, 2 * size, "0:513:16") for mode in ("base", "hydragen") for size in (512, 1024, 2048)),
+    ("hydragen", 4096, 8192, "0:513:16"),
+    *(("base", 4096, 8192, str(unique)) for unique in UNIQUE),
+]
+
+
+@pytest.mark.parametrize("line", MICRO_LINES, ids=lambda line: "-".join(map(str, line)))
+def test_of_the_microbenchmarks(line, tmp_path, monkeypatch):
+    mode, batch_size, num_shared, num_unique = line
+    monkeypatch.setattr(microbenchmark, "available_bytes", lambda group: 40 * 10**9)  # the figures' GPUs have as much
+    done = micro(tmp_path / "microbenchmarks", batch_size, num_shared, num_unique, "--mode", mode, "--dry-run")
+    assert (done.status, done.stderr) == (0, "")
+    lengths = UNIQUE if ":" in num_unique else [int(num_unique)]
+    assert planned(done.stdout) == [(batch_size, num_shared, unique) for unique in lengths]
+    assert {row[5] for row in rows(done.stdout)} == {mode}
+
+
+def test_of_the_microbenchmarks_in_one_directory_and_process(tmp_path, monkeypatch):
+    """The last of them took a process for each length, as the first run left no memory to the second."""
+    monkeypatch.setattr(microbenchmark, "measure_ceilings", lambda device, dtype: Ceilings(10.0, 1.0, 0.5, 64))
+    monkeypatch.setattr(microbenchmark, "CacheFlush", lambda device: CacheFlush(device, cache_bytes=1 << 10))
+    outdir = tmp_path / "microbenchmarks"
+    for mode, batch_size, num_shared, _ in MICRO_LINES[:8]:
+        smaller = (outdir, batch_size // 256, num_shared // 256, "0:17:16", "--mode", mode, "--num-iters", 1)
+        done = micro(*smaller, "--num-warmup", 0, "--device", "cpu")
+        assert done.status == 0, done.stderr
+    results = FILES.read_all([outdir])
+    assert {result.status for result in results} == {"ok"} and len(results) == 16
+    assert done.stdout.count("~") > 4  # ratios between the runs

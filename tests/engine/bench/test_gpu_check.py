@@ -217,4 +217,4 @@ def test_the_full_check_is_what_it_says():
     for section in sections[1:]:
         command = section.command(Path("folder"))
         assert command[-4:] == [section.name, "folder", "cuda", "full"]
-    assert sum(len(g.cells(mode)) for g in SIZES["full"].sweeps.values() for mode in g.modes) == 4 * 12 + 3 * 2
+    assert sum(len(g.cells(mode)) for g in SIZES["full"].sweeps.values() for mode in g.modes) == 5 * 12 + 4 * 2

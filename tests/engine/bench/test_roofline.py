@@ -5,7 +5,8 @@ import torch
 
 from engine.attention import METHODS
 from engine.attention.hydragen import Hydragen
-from engine.bench.roofline import Ceilings, Cost, decode_step_cost, measure_ceilings, one_prompt, predict_ms
+from engine.attention.decode_step import one_prompt
+from engine.bench.roofline import Ceilings, Cost, decode_step_cost, measure_ceilings, predict_ms
 from engine.errors import InputError
 from engine.prefix_tree import build_from_levels
 from engine.presets import find_preset

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from documented import fields_of_table
 from ranks import World, run_ranks
 from rich.console import Console
 
@@ -16,9 +17,10 @@ from engine.attention.hydragen import Hydragen
 from engine.bench import synth
 from engine.bench.memory_model import footprint
 from engine.bench.modes import ModelOptions
+from engine.bench.ranges import MAX_COMBINATIONS
 from engine.bench.results import Cell, Status, read_cell
 from engine.bench.roofline import Ceilings
-from engine.bench.synth import MAX_CELLS, Sweep, make_grid, print_plan, run_sweep
+from engine.bench.synth import Sweep, make_grid, print_plan, run_sweep
 from engine.distributed import TPGroup
 from engine.errors import InputError
 
@@ -110,7 +112,7 @@ class TestGrid:
         assert cells == tuple(Cell("hf", b, s, 5) for s in (10, 20) for b in (1, 2))
 
     def test_not_too_many(self):
-        assert len(make_grid("hf", range(1, 101), range(1, 101), (1,))) == MAX_CELLS
+        assert len(make_grid("hf", range(1, 101), range(1, 101), (1,))) == MAX_COMBINATIONS
         with pytest.raises(InputError, match="the ranges make 10100 cells; accepted: at most 10000"):
             make_grid("hf", range(1, 102), range(1, 101), (1,))
 
@@ -120,7 +122,7 @@ class TestResults:
     def test_every_mode_writes_what_is_documented(self, sweep, mode):
         printed = run(sweep(mode))
         assert "Loading tiny for mode" in printed and "skipped" not in printed
-        documented = set(re.findall(r"`(\w+)`", "".join(_table_of("docs/benchmark-files.md"))))
+        documented = fields_of_table(0)
         for cell, result in results(sweep(mode)).items():
             assert cell.path(Path()) == Path(mode, f"b{cell.batch_size}_s{cell.num_shared}_u4.yaml")
             raw = yaml.safe_load(cell.path(sweep(mode).outdir).read_text())
@@ -183,12 +185,6 @@ class TestResults:
         for result in results(sweep("vllm")).values():
             assert result.environment["world_size"] == 8
             assert (result.predicted_bytes, result.peak_bytes) == ((), ())
-
-
-def _table_of(path: str) -> list[str]:
-    """The first column of a document's table."""
-    lines = (Path(__file__).parents[3] / path).read_text().splitlines()
-    return [line.split("|")[1] for line in lines if line.startswith("| `")]
 
 
 class TestResumption:

@@ -1,0 +1,141 @@
+"""Draws a microbenchmark as the Hydragen paper's figures 5 and 8: time, and speed-up over the baseline, against the
+number of unique keys."""
+
+import io
+from collections.abc import Sequence
+from itertools import groupby
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from engine.bench.micro_report import MicroRow, setting_of
+from engine.bench.timing import HIGH_SPREAD, summarize
+
+# A fixed colour a mode, so that two reports can be laid side by side; the colour-blind can tell them apart.
+_COLORS = {"base": "#D55E00", "hydragen": "#0072B2", "auto": "#009E73"}
+_OTHER_COLOR = "#8A6D00"
+# Of the lines of the speed-ups, dark to light: more sequences and keys, darker.
+_SHADES = ("#08306B", "#2171B5", "#6BAED6", "#41AB5D", "#A1D99B", "#969696")
+_COLUMNS = 3
+_PANEL_SIZE = (4.3, 3.4)  # inches
+
+
+def draw_micro(rows: Sequence[MicroRow]) -> bytes:
+    """The plot as a PNG. For each setting, heads and backend: a panel of times for each batch size and shared length,
+    and one of speed-ups for each mode that has any. All ``rows`` have times."""
+    groups = [list(group) for _, group in groupby(sorted(rows, key=_group_key), key=_group_key)]
+    num_rows = [-(-_num_panels(group) // _COLUMNS) for group in groups]
+    width, height = _PANEL_SIZE
+    size = (width * _COLUMNS, height * sum(num_rows) + 0.7 * len(groups))
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
+    parts = figure.subfigures(len(groups), squeeze=False, height_ratios=num_rows)[:, 0]
+    for part, group in zip(parts, groups, strict=True):
+        _draw_group(part, group)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.15)
+    return buffer.getvalue()
+
+
+def _group_key(row: MicroRow) -> tuple[object, ...]:
+    one = row.result.row
+    return (*setting_of(row.result), one.num_heads, one.num_kv_heads, one.head_dim, one.backend)
+
+
+def _pair(row: MicroRow) -> tuple[int, int]:
+    return row.result.row.batch_size, row.result.row.num_shared
+
+
+def _pairs(group: Sequence[MicroRow]) -> list[tuple[int, int]]:
+    return sorted({_pair(row) for row in group})
+
+
+def _compared(group: Sequence[MicroRow]) -> list[str]:
+    """The modes that have a speed-up."""
+    found = {row.result.row.mode for row in group if row.vs_base is not None and row.result.row.mode != "base"}
+    return [mode for mode in dict.fromkeys([*_COLORS, *sorted(found)]) if mode in found]
+
+
+def _num_panels(group: Sequence[MicroRow]) -> int:
+    return len(_pairs(group)) + len(_compared(group))
+
+
+def _draw_group(part: SubFigure, group: Sequence[MicroRow]) -> None:
+    result = group[0].result
+    sweep, device_name, dtype = setting_of(result)
+    backend = f", by {result.row.backend}" if result.row.backend else ""
+    title = f"Attention of one decode step, {result.row.heads} heads of {result.row.head_dim}, {dtype} on {device_name}"
+    part.suptitle(f"{title}{backend}", x=0.01, ha="left", fontsize=12, fontweight="bold")
+    num_panels = _num_panels(group)
+    grid = part.subplots(-(-num_panels // _COLUMNS), _COLUMNS, squeeze=False).flatten()
+    for axes in grid[num_panels:]:
+        axes.set_axis_off()
+    panels = iter(grid)
+    for pair in _pairs(group):
+        _draw_times(next(panels), pair, [row for row in group if _pair(row) == pair])
+    for mode in _compared(group):
+        _draw_speedups(next(panels), mode, [row for row in group if row.result.row.mode == mode])
+    notes = [f"from {sweep}"] if sweep else []
+    notes.append("line: median; band: 20th to 80th percentile; dashed: the roofline of the bytes and operations")
+    if any(row.result.high_spread for row in group):
+        notes.append(f"hollow: times vary by more than {HIGH_SPREAD:.0%}")
+    part.supxlabel(" · ".join(notes), x=0.01, ha="left", fontsize=8.5, color="#666666")
+
+
+def _draw_times(axes: Axes, pair: tuple[int, int], rows: Sequence[MicroRow]) -> None:
+    modes = {row.result.row.mode for row in rows}
+    heights: list[float] = []
+    for mode in [mode for mode in dict.fromkeys([*_COLORS, *sorted(modes)]) if mode in modes]:
+        line = _by_unique([row for row in rows if row.result.row.mode == mode])
+        color, xs = _COLORS.get(mode, _OTHER_COLOR), [row.result.row.unique_seq_len for row in line]
+        spreads = [summarize(row.result.times_ms) for row in line]
+        axes.fill_between(xs, [s.p20 for s in spreads], [s.p80 for s in spreads], color=color, alpha=0.18, linewidth=0)
+        noisy = [row.result.high_spread for row in line]
+        _draw_line(axes, xs, [s.median for s in spreads], noisy, color, mode)
+        bounds = [(x, row.result.roofline_ms) for x, row in zip(xs, line, strict=True) if row.result.roofline_ms]
+        if bounds:
+            axes.plot(*zip(*bounds, strict=True), color=color, linestyle=(0, (4, 3)), linewidth=1.2, zorder=2)
+        heights += [s.median for s in spreads] + [height for _, height in bounds]
+    axes.set_title(f"batch {pair[0]:,}, shared {pair[1]:,}", loc="left", fontsize=10.5)
+    axes.set_ylabel("time (ms)")
+    _style(axes, heights)  # a band may leave the panel: it is not to flatten the lines
+
+
+def _draw_speedups(axes: Axes, mode: str, rows: Sequence[MicroRow]) -> None:
+    pairs = sorted({_pair(row) for row in rows if row.vs_base is not None}, reverse=True)
+    heights = [1.0]
+    for index, pair in enumerate(pairs):
+        line = _by_unique([row for row in rows if _pair(row) == pair and row.vs_base is not None])
+        xs, ys = [row.result.row.unique_seq_len for row in line], [row.vs_base.value for row in line]
+        noisy = [row.vs_base.high_spread for row in line]
+        _draw_line(axes, xs, ys, noisy, _SHADES[index % len(_SHADES)], f"{pair[0]:,} × {pair[1]:,}")
+        heights += ys
+    axes.axhline(1, color="#444444", linewidth=1, linestyle=(0, (1, 2)))
+    axes.set_title(f"{mode}: times as fast as base, batch × shared", loc="left", fontsize=10.5)
+    axes.set_ylabel("speed-up over base")
+    _style(axes, heights)
+
+
+def _draw_line(
+    axes: Axes, xs: Sequence[int], ys: Sequence[float], noisy: Sequence[bool], color: str, label: str
+) -> None:
+    axes.plot(xs, ys, color=color, linewidth=1.8, zorder=3, label=label)
+    faces = ["white" if one else color for one in noisy]
+    axes.scatter(xs, ys, s=14, c=faces, edgecolors=color, linewidths=1.2, zorder=4)
+
+
+def _by_unique(rows: Sequence[MicroRow]) -> list[MicroRow]:
+    return sorted(rows, key=lambda row: (row.result.row.unique_seq_len, row.result.row.num_unique))
+
+
+def _style(axes: Axes, heights: Sequence[float]) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("unique keys of a sequence")
+    axes.grid(color="#E4E4E4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_ylim(min(heights) / 1.7, max(heights) * 2)  # room for one of the ticks 1, 2, 5 at least, and the legend
+    axes.legend(fontsize=8.5, frameon=False, loc="best")

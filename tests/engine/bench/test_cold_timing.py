@@ -1,0 +1,95 @@
+import pytest
+import torch
+from clock import Clock
+
+from engine.bench import cold_timing
+from engine.bench.cache_flush import CacheFlush
+from engine.bench.cold_timing import CudaCall, HostCall, make_cold_call, time_in_turns
+from engine.bench.micro_results import TimedWith
+
+
+class SteadyClock(Clock):
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = SteadyClock()
+    monkeypatch.setattr(cold_timing, "time", clock)
+    return clock
+
+
+def test_the_flush_comes_first_and_is_not_timed(clock):
+    events = []
+
+    def spend(seconds, name):
+        events.append(name)
+        clock.now += seconds
+
+    call = HostCall(lambda: spend(0.002, "call"), lambda: spend(5.0, "flush"))
+    assert call() == pytest.approx(2.0) and call() == pytest.approx(2.0)
+    assert events == ["flush", "call"] * 2
+    assert call.timed_with == TimedWith.CLOCK
+
+
+def calls_of(clock, events, **seconds):
+    """Calls that take so long, and report it in ms."""
+
+    def call(name, duration):
+        events.append(name)
+        clock.now += duration
+        return duration * 1e3
+
+    return {name: lambda name=name, duration=duration: call(name, duration) for name, duration in seconds.items()}
+
+
+def test_calls_take_turns_as_often_as_they_are_told(clock):
+    events = []
+    times, num_warmup = time_in_turns(calls_of(clock, events, a=1.0, b=2.0), 3, 2, budget_s=0.001)
+    assert times == {"a": [1000.0] * 3, "b": [2000.0] * 3}
+    assert (num_warmup, events) == (2, ["a", "b"] * 5)
+    events.clear()
+    assert time_in_turns(calls_of(clock, events, a=1.0), 1, 0, budget_s=9)[1] == 0
+    assert events == ["a"]
+
+
+def test_without_a_number_time_decides(clock):
+    times, num_warmup = time_in_turns(calls_of(clock, [], a=0.25, b=0.25), None, None, budget_s=10)
+    assert (len(times["a"]), num_warmup) == (40, 4)  # rounds of half a second, 20 s for both and 2 before
+
+
+def test_no_fewer_than_five_and_no_more_than_a_thousand(clock):
+    times, num_warmup = time_in_turns(calls_of(clock, [], a=100.0), None, None, budget_s=1)
+    assert (len(times["a"]), num_warmup) == (5, 1)
+    times, num_warmup = time_in_turns(calls_of(clock, [], a=1e-6), None, None, budget_s=1)
+    assert (len(times["a"]), num_warmup) == (1000, 1000)
+
+
+def test_on_a_cpu_by_the_clock():
+    cold = make_cold_call(lambda: None, torch.device("cpu"), lambda: None, print)
+    assert isinstance(cold, HostCall)
+
+
+@pytest.mark.gpu
+class TestOnAGpu:
+    @pytest.fixture
+    def flush(self):
+        return CacheFlush(torch.device("cuda"))
+
+    def test_a_graph_is_replayed(self, flush):
+        x = torch.zeros(1 << 20, device="cuda")
+        said = []
+        cold = CudaCall(lambda: x.add_(1), flush, said.append)
+        assert cold.timed_with == TimedWith.CUDA_GRAPH and said == []
+        before = x[0].item()
+        assert 0 < cold() < 1000
+        assert x[0].item() == before + 1
+
+    def test_what_cannot_be_captured_is_launched(self, flush):
+        x = torch.zeros(8, device="cuda")
+        said = []
+        cold = CudaCall(lambda: x.sum().item(), flush, said.append)
+        assert cold.timed_with == TimedWith.EVENTS
+        assert len(said) == 1 and said[0].startswith("no CUDA graph (")
+        assert 0 < cold() < 1000

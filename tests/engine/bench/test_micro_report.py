@@ -1,0 +1,215 @@
+import csv
+import io
+import sys
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+from rows import row_result
+
+from engine.bench import micro_report
+from engine.bench.micro_report import (
+    base_over_read,
+    build_micro_rows,
+    hydragen_over_parts,
+    plot_micro,
+    print_micro_tables,
+    ratio,
+    write_micro_csv,
+)
+from engine.bench.result_files import Status
+from engine.errors import InputError
+
+
+def table(results, width=140):
+    stream = io.StringIO()
+    print_micro_tables(build_micro_rows(results), Console(file=stream, width=width))
+    return stream.getvalue()
+
+
+def lines(text):
+    return [line.split() for line in text.splitlines()]
+
+
+class TestRatio:
+    def test_of_one_run_by_rounds(self):
+        # The machine slows down to half its speed, for both alike.
+        base, hydragen = row_result("base", (4, 4, 8, 8, 8)), row_result("hydragen", (1, 1, 2, 2, 2))
+        found = ratio([base], [hydragen])
+        assert (found.value, found.spread, found.same_run, found.text) == (4, 0, True, "4.00")
+        found = ratio([row_result("base", (4, 8, 12))], [row_result("hydragen", (1, 1, 1))])
+        assert (found.value, found.high_spread, found.text) == (8, True, "8.00 !")
+        assert found.spread == pytest.approx((10.4 - 5.6) / 8)
+
+    def test_of_separate_runs_by_medians_and_both_spreads(self):
+        base, hydragen = row_result("base", (4, 8, 12), run="a"), row_result("hydragen", (1, 2, 3), run="b")
+        found = ratio([base], [hydragen])
+        assert (found.value, found.same_run, found.text) == (4, False, "~4.00 !")
+        assert found.spread == pytest.approx((0.6**2 + 0.6**2) ** 0.5)
+        assert not ratio([base], [replace(hydragen, run="a", times_ms=(2.0,))]).same_run  # rounds that do not pair
+
+    def test_of_a_single_round(self):
+        found = ratio([row_result(times_ms=(3,))], [row_result(times_ms=(2,))])
+        assert (found.value, found.spread, found.text) == (1.5, None, "1.50")
+
+    def test_of_sums(self):
+        found = ratio([row_result(times_ms=(6, 8))], [row_result(times_ms=(1, 2)), row_result(times_ms=(2, 2))])
+        assert found.value == 2
+
+    def test_of_what_has_no_times(self):
+        failed = row_result(times_ms=(), status=Status.OUT_OF_MEMORY)
+        assert ratio([failed], [row_result()]) is None
+        assert ratio([], [row_result()]) is None
+        assert ratio([row_result()], [row_result(times_ms=(0.0, 0.0))]) is None
+
+
+class TestRows:
+    def test_the_baseline_is_at_the_same_sizes(self):
+        rows = build_micro_rows(
+            [row_result("hydragen"), row_result("base", (3, 3, 3)), row_result("hydragen", batch_size=8)]
+        )
+        assert [(r.result.row.mode, r.vs_base and r.vs_base.value) for r in rows] == [
+            ("hydragen", None), ("base", 1), ("hydragen", 3)
+        ]  # fmt: skip
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"sweep": "results/b"},
+            {"env": {"device_name": "another"}},
+            {"env": {"dtype": "float32"}},
+            {"num_shared": 2048},
+            {"unique_seq_len": 1},
+            {"num_heads": 16},
+            {"backend": "aten"},
+        ],
+    )
+    def test_no_ratio_to_what_is_not_comparable(self, changes):
+        rows = build_micro_rows([row_result("hydragen"), row_result("base", **changes)])
+        assert [row.vs_base for row in rows if row.result.row.mode == "hydragen"] == [None]
+
+    def test_whole_attention_among_operations(self):
+        rows = build_micro_rows(
+            row_result("operations", times, operation)
+            for operation, times in (("swiglu", (9,)), ("hydragen", (1,)), ("base", (5,)))
+        )
+        assert [(r.result.row.operation, r.vs_base and r.vs_base.value) for r in rows] == [
+            ("base", 1), ("hydragen", 5), ("swiglu", None)
+        ]  # fmt: skip
+
+
+def operation(name, *times, backend="", backends=(), **changes):
+    return row_result("operations", times, name, backend, backends=backends, **changes)
+
+
+PARTS = [
+    operation("attention_shared", 4.0, backend="aten", backends=("aten",)),
+    operation("attention_shared", 2.0, backend="simd", backends=("simd",)),
+    operation("attention_own", 1.0, backend="simd", backends=("simd",)),
+    operation("attention_own", 3.0, backend="aten", backends=("aten",)),
+    operation("merge_states", 0.5),
+]
+
+
+class TestParts:
+    def test_a_kernel_that_merges_itself_has_two_parts(self):
+        found, what = hydragen_over_parts([operation("hydragen", 3.3, backends=("aten", "simd")), *PARTS])
+        assert found.value == pytest.approx(1.1)
+        assert what == "attention_shared simd + attention_own simd"
+
+    def test_one_that_does_not_has_three(self):
+        found, what = hydragen_over_parts([operation("hydragen", 7.0, backends=("simd", "aten")), *PARTS])
+        assert found.value == pytest.approx(2)
+        assert what == "attention_shared simd + attention_own simd + merge_states"
+
+    def test_nothing_to_say_without_all_of_them(self):
+        whole = operation("hydragen", 3.0, backends=("simd", "simd"))
+        assert hydragen_over_parts(PARTS) is None
+        assert hydragen_over_parts([whole, *PARTS[:2]]) is None
+        assert hydragen_over_parts([whole]) is None
+
+    def test_base_against_what_memory_gave(self):
+        # 10^9 bytes in 40 ms beside 5 x 10^8 in 10 ms: half the rate.
+        base, read = operation("base", 40.0, num_bytes=10**9), operation("memory_read", 10.0, num_bytes=5 * 10**8)
+        assert base_over_read([base, read]).value == pytest.approx(0.5)
+        assert base_over_read([base]) is None
+
+
+class TestTable:
+    def test_modes(self):
+        text = table(
+            [
+                row_result("base", (4, 4, 4), num_bytes=10**8),
+                row_result("hydragen", (0.5, 0.5, 0.5)),
+                row_result("hydragen", (1, 2, 3), num_unique=0),
+                row_result("base", (), batch_size=4096, status=Status.DOES_NOT_FIT, message="needs 97 GiB [of 80]"),
+            ]
+        )
+        assert text.splitlines()[0] == "Attention of one layer in a decode step, bfloat16 on a CPU, from results/a"
+        # 10^8 bytes in 4 ms: 25 GB/s; at 40 GB/s they take 2.5 ms.
+        base = ["32", "1024", "64", "8/1", "128", "base", "4", "0.0%", "25.0", "0.250", "2.5", "62%", "1.00"]
+        assert base in lines(text)
+        assert ["hydragen", "0.5", "0.0%", "20.0", "2.000", "0.5", "100%", "8.00"] in lines(text)
+        assert any({"60.0%", "!"} <= set(line) for line in lines(text))
+        assert any({"4096", "does", "not", "fit"} <= set(line) for line in lines(text))
+        assert "base/b4096_s1024_u64_q8_k1_d128.yaml: needs 97 GiB [of 80]" in text
+        assert "! times vary by more than 10%" in text
+        assert "~" not in text and "choice" not in text
+
+    def test_separate_runs_and_choices(self):
+        text = table([row_result("base", run="b"), row_result("auto", choice="shared")])
+        assert "~ timed in separate runs" in text
+        assert any("shared" in line[1:] and "auto" in line for line in lines(text))
+
+    def test_operations(self):
+        text = table([operation("hydragen", 3.3, backends=("simd", "simd")), *PARTS, operation("base", 40.0),
+                      operation("memory_read", 30.0)])  # fmt: skip
+        assert text.splitlines()[0].startswith("Operations of a decode step, bfloat16 on a CPU")
+        order = [line.split()[-8 if "base" in line else 0] for line in text.splitlines() if "attention_" in line]
+        assert len(order) == 5  # four rows, and the sum
+        assert "(hidden size 1024, MLP 2816):" in text
+        expected = "hydragen takes 1.10 (spread -) times as long as the best calls of its parts: attention_shared simd"
+        assert expected in text
+        assert "base moves its bytes at 0.75 (spread -) of the rate at which memory_read does" in text
+
+    def test_fits_a_file(self):
+        results = [row_result(mode, (1, 2, 1000), num_shared=10**6, num_unique=10**6) for mode in ("base", "hydragen")]
+        assert max(map(len, table(results).splitlines())) <= 140
+
+
+class TestCsv:
+    def test_holds_every_row(self, tmp_path):
+        results = [
+            row_result("base", (4, 4, 4), backends=("simd",)),
+            row_result("hydragen", (2.0, 2.0, 2.0), env={"versions": {"torch": "2.13.0"}}, backends=("simd", "aten")),
+            operation("swiglu", 1.0, hidden_size=1024),
+            row_result("base", (), batch_size=64, status=Status.DOES_NOT_FIT, message='needs "97" GiB, more'),
+        ]
+        write_micro_csv(build_micro_rows(results), tmp_path / "a.csv")
+        with (tmp_path / "a.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        found = {(row["mode"], row["batch_size"], row["operation"]): row for row in rows}
+        assert len(found) == len(rows) == 4
+        hydragen = found["hydragen", "32", ""]
+        assert [hydragen[name] for name in ("median_ms", "vs_base", "vs_base_same_run", "num_iters", "backends")] == [
+            "2.0", "2.0", "True", "3", "simd aten"
+        ]  # fmt: skip
+        assert [hydragen[name] for name in ("torch", "achieved_gbs", "roofline_ms")] == ["2.13.0", "5.0", "0.5"]
+        assert found["operations", "32", "swiglu"]["hidden_size"] == "1024"
+        failed = found["base", "64", ""]
+        assert (failed["median_ms"], failed["vs_base"], failed["message"]) == ("", "", 'needs "97" GiB, more')
+
+    def test_has_a_column_for_every_value(self):
+        assert set(micro_report._csv_values(build_micro_rows([row_result()])[0])) == set(micro_report._COLUMNS)
+
+
+def test_plot_without_matplotlib(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(InputError, match="plotting needs matplotlib"):
+        plot_micro(build_micro_rows([row_result()]), tmp_path / "a.png")
+
+
+def test_nothing_to_plot(tmp_path):
+    rows = build_micro_rows([*PARTS, row_result("base", (), status=Status.OUT_OF_MEMORY)])
+    assert not plot_micro(rows, tmp_path / "a.png")
+    assert not (tmp_path / "a.png").exists()
