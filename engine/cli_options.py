@@ -15,6 +15,9 @@ AttentionBackend = Annotated[
 CacheTokens = Annotated[
     int | None, typer.Option(min=1, help="Tokens that the KV cache has room for. Without it: what the work needs.")
 ]
+CudaGraphs = Annotated[
+    bool, typer.Option("--cuda-graphs", help="Capture decode steps on CUDA and replay them, with attention by Triton.")
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. CUDA where there is one.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
 LoadFormat = Annotated[str, typer.Option(help="auto, or dummy for random weights.")]

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 from engine.cuda_graphs import capture
+from engine.distributed import TPGroup
+from engine.errors import InputError
 from engine.kv_cache import KVCache
 from engine.model import Step, Transformer
 from kernels import AttentionPlan, Backend, Segment
@@ -29,6 +31,22 @@ def bucket_of(num_rows: int) -> int:
     """The next larger batch size of which there are four to an octave: a fifth of the rows at most are empty."""
     step = 1 << max(0, num_rows.bit_length() - 3)
     return -(-num_rows // step) * step
+
+
+def check_capturable(group: TPGroup, attention_backend: str | None) -> None:
+    """Raises InputError where decode steps cannot be captured."""
+    if group.device.type != "cuda":
+        raise InputError(f"CUDA graphs were asked for on {group.device.type}; accepted: on CUDA; leave them out")
+    if not group.is_capturable:
+        raise InputError(
+            f"CUDA graphs were asked for on {group.size} ranks that gloo connects, which waits for the device; "
+            "accepted: one rank, or a GPU for each; leave them out"
+        )
+    if attention_backend not in (None, Backend.TRITON):
+        raise InputError(
+            f"CUDA graphs were asked for with attention backend {str(attention_backend)!r}; accepted: none, or "
+            f"{str(Backend.TRITON)!r}, whose tables have fixed places; leave one of them out"
+        )
 
 
 @dataclass

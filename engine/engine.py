@@ -14,7 +14,7 @@ from engine.arena import Arena
 from engine.attention import AttentionMethod, Auto, get_method
 from engine.attention.crossover import Crossover
 from engine.calibration import Setting, find_crossover
-from engine.decode_graphs import DecodeGraphs
+from engine.decode_graphs import DecodeGraphs, check_capturable
 from engine.decoding import Generated, full_logits
 from engine.errors import InputError
 from engine.generation import Generation, OnEnded, OnFailed, OnTokens, Options
@@ -25,7 +25,7 @@ from engine.rope import rope_length
 from engine.sampling import SamplingParams
 from engine.shared_levels import SharedLevels, even_parents
 from engine.tokenizer import Tokenizer
-from kernels import Backend, check_backend, check_operations_backend
+from kernels import check_backend, check_operations_backend
 
 SHARED_CACHE_OPS = ("wipe", "preserve", "extend")
 
@@ -76,8 +76,8 @@ class Engine:
         max_batch_size: int = 1024,
         tokenizer: Tokenizer | None = None,
         attention_backend: str | None = None,
-        cuda_graphs: bool = False,
         operations_backend: str | None = None,
+        cuda_graphs: bool = False,
     ):
         weight = model.embedding.weight
         try:
@@ -91,7 +91,10 @@ class Engine:
             raise InputError(f"max_batch_size is {max_batch_size}; accepted: 1 sequence or more; raise it")
         self.model = model
         self.max_batch_size = max_batch_size
-        self._graphs = self._make_graphs() if cuda_graphs else None
+        self._graphs: DecodeGraphs | None = None
+        if cuda_graphs:
+            check_capturable(model.group, model.attention_backend)
+            self._graphs = DecodeGraphs(model)
         self._maker = RequestMaker(model.config, eos_token_ids, tokenizer)
         self.arena = Arena(model)
         self._shared = SharedLevels(model, self.arena)
@@ -109,23 +112,6 @@ class Engine:
     def _method(self, name: str) -> AttentionMethod:
         method = get_method(name)
         return Auto(self.crossover) if isinstance(method, Auto) else method
-
-    def _make_graphs(self) -> DecodeGraphs:
-        """Raises InputError where decode steps cannot be captured."""
-        group, backend = self.model.group, self.model.attention_backend
-        if group.device.type != "cuda":
-            raise InputError(f"CUDA graphs were asked for on {group.device.type}; accepted: on CUDA; leave them out")
-        if not group.is_capturable:
-            raise InputError(
-                f"CUDA graphs were asked for on {group.size} ranks that gloo connects, which waits for the device; "
-                "accepted: one rank, or a GPU for each; leave them out"
-            )
-        if backend not in (None, Backend.TRITON):
-            raise InputError(
-                f"CUDA graphs were asked for with attention backend {str(backend)!r}; accepted: none, or "
-                f"{str(Backend.TRITON)!r}, whose tables have fixed places; leave one of them out"
-            )
-        return DecodeGraphs(self.model)
 
     # ---- caches and kept levels ----
 

@@ -12,6 +12,7 @@ import torch
 
 from engine.attention import get_method
 from engine.chat import ChatTemplate, Message
+from engine.decode_graphs import check_capturable
 from engine.decoding import Generated
 from engine.distributed import TPGroup, init_group
 from engine.engine import Engine, Levels
@@ -91,6 +92,7 @@ class LLM:
         attention_backend: what evaluates attention, see ``kernels.Backend``; None takes the best for each segment.
         operations_backend: what runs the operations around it, one of ``kernels.OPERATIONS_BACKENDS``; None takes the
             best there is.
+        cuda_graphs: decode steps are captured and replayed on CUDA, with attention by Triton.
         seed: of dummy weights.
         group: the ranks; None joins those that ``torchrun`` started.
     """
@@ -109,6 +111,7 @@ class LLM:
         max_batch_size: int = 1024,
         attention_backend: str | None = None,
         operations_backend: str | None = None,
+        cuda_graphs: bool = False,
         seed: int = 0,
         group: TPGroup | None = None,
     ):
@@ -124,6 +127,8 @@ class LLM:
         self.attention = attention
         self.group = group if group is not None else init_group(device)
         try:
+            if cuda_graphs:
+                check_capturable(self.group, attention_backend)
             loaded = load_model(
                 model, self.group, tp_dir=tp_dir, load_format=load_format, dtype=dtype, revision=revision, seed=seed
             )
@@ -138,6 +143,7 @@ class LLM:
                 tokenizer=self._tokenizer,
                 attention_backend=attention_backend,
                 operations_backend=operations_backend,
+                cuda_graphs=cuda_graphs,
             )
             if cache_tokens is not None:
                 self.engine.setup_caches(cache_tokens)

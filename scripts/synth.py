@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from engine import cli_options as options
+from engine.bench.environment import Execution
 from engine.bench.modes import MODES, ModelOptions, check_mode
 from engine.bench.ranges import parse_range
 from engine.bench.report import build_rows, print_table
@@ -41,6 +42,9 @@ def synth(
             "The other modes have as many ranks as torchrun starts.",
         ),
     ] = None,
+    attention_backend: options.AttentionBackend = None,
+    operations_backend: options.OperationsBackend = None,
+    cuda_graphs: options.CudaGraphs = False,
     load_format: options.LoadFormat = "auto",
     dtype: options.Dtype = "auto",
     device: options.Device = None,
@@ -59,8 +63,9 @@ def synth(
     Every combination of the three ranges is a cell, and every cell one file. A cell that has a file is skipped, so a
     sweep that was stopped goes on where it was. A cell that cannot fit is recorded as such and skipped.
 
-    Modes hydragen, hydragen_noshared (each completion has its own copy of the prompt: FlashAttention without sharing)
-    and noattention (the ceiling) are this engine's; hf is transformers with the prompt's cache kept, hf_static
+    Modes hydragen, hydragen_noshared (each completion has its own copy of the prompt: FlashAttention without sharing),
+    auto (hydragen where it is measured to pay; what it chose is in the result) and noattention (the ceiling) are this
+    engine's; hf is transformers with the prompt's cache kept, hf_static
     the same with its StaticCache; vllm and vllm_notok (without detokenisation) are vLLM with prefix caching. All choose
     tokens greedily. Decode throughput is tokens after the first over (time for all - time for one). Run several modes
     into one OUTDIR to see their ratios.
@@ -77,10 +82,11 @@ def synth(
         for text, name in ((batch_size, "BS"), (num_shared, "NUM_SHARED"), (num_unique, "NUM_UNIQUE"))
     ]
     model = ModelOptions(model_name, tp_dir, load_format, dtype, revision, seed)
-    sweep = Sweep(outdir, mode, make_grid(mode, *ranges), model, num_iters, num_warmup, calc_prefill, tp)
+    execution = Execution(attention_backend, operations_backend, cuda_graphs)
+    sweep = Sweep(outdir, mode, make_grid(mode, *ranges), model, num_iters, num_warmup, calc_prefill, tp, execution)
     group = init_group(device, timeout_s=timeout)
     try:
-        check_mode(mode, model, group.size, tp, dry_run)
+        check_mode(mode, model, group.size, tp, dry_run, execution)
         if dry_run:
             print_plan(sweep, tp or group.size, make_console(quiet=group.rank != 0))
             return

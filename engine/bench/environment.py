@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -11,17 +12,38 @@ import torch
 from engine.cpu import read_cpu
 from kernels import available_backends, available_operations_backends
 
+
+@dataclass(frozen=True)
+class Execution:
+    """How the engine is to run, as ``engine.engine.Engine`` has it."""
+
+    attention_backend: str | None = None
+    operations_backend: str | None = None
+    cuda_graphs: bool = False
+
+
+def describe_execution(execution: Execution, device: torch.device, dtype: torch.dtype) -> dict[str, object]:
+    """Its part of the environment: the backends that were asked for, or else the defaults."""
+    return {
+        "attention_backend": execution.attention_backend or str(available_backends(device, dtype)[0]),
+        "operations_backend": execution.operations_backend or str(available_operations_backends(device, dtype)[0]),
+        "cuda_graphs": execution.cuda_graphs,
+    }
+
+
 # Distributions whose version can change a result, the peers that a sweep runs beside the engine included.
 _DISTRIBUTIONS = ("torch", "triton", "llvmlite", "numpy", "transformers", "vllm", "flash-attn", "tributary")
 
 
-def describe_environment(device: torch.device, dtype: torch.dtype, world_size: int) -> dict[str, object]:
+def describe_environment(
+    device: torch.device, dtype: torch.dtype, world_size: int, execution: Execution = Execution()
+) -> dict[str, object]:
     """Plain data (text, numbers, booleans, None) about the machine, the libraries and the process.
 
     ``device_name`` is the GPU's or the CPU's model. ``cpu_bf16`` says whether the CPU multiplies bfloat16 natively:
     without that, bfloat16 on it is emulated and its times say little (None: unknown). ``attention_backend`` and
-    ``operations_backend`` are the defaults here, for most segments and tensors. ``versions`` has the installed
-    libraries only. Nothing that identifies the machine or its user is included.
+    ``operations_backend`` are those of ``execution``, or the defaults here, for most segments and tensors.
+    ``versions`` has the installed libraries only. Nothing that identifies the machine or its user is included.
     """
     cpu = read_cpu()
     environment: dict[str, object] = {
@@ -33,8 +55,7 @@ def describe_environment(device: torch.device, dtype: torch.dtype, world_size: i
         "num_cpus": os.cpu_count(),
         "cpu_name": cpu.name,
         "cpu_bf16": cpu.has_bf16,
-        "attention_backend": str(available_backends(device, dtype)[0]),
-        "operations_backend": str(available_operations_backends(device, dtype)[0]),
+        **describe_execution(execution, device, dtype),
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "cuda": torch.version.cuda,

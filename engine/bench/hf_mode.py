@@ -73,6 +73,9 @@ class HFMode:
             else:
                 self._cache.crop(-(num_tokens - 1))
 
+    def choice(self) -> None:
+        return None
+
     def release(self) -> None:
         self._cache = self._logits_BV = None
 

@@ -4,7 +4,7 @@ A mode loads its model once, then for each cell takes the memory, computes the s
 often as it is asked. Every mode chooses tokens greedily from the same prompt.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from engine.attention import METHODS
+from engine.bench.environment import Execution
 from engine.bench.results import Cell
 from engine.config import ModelConfig
 from engine.distributed import TPGroup
@@ -67,11 +68,21 @@ class Mode(Protocol):
     def generate(self, num_tokens: int) -> None:
         """Generates ``num_tokens`` tokens for each sequence of the cell, below the prompt of the last ``prefill``."""
 
+    def choice(self) -> str | None:
+        """How the shared prompt is read, ``shared`` or ``unshared``, by a mode that chooses; None by others."""
+
     def release(self) -> None:
         """Gives the cell's memory back."""
 
 
-def check_mode(name: str, options: ModelOptions, num_ranks: int, tp: int | None, dry_run: bool = False) -> None:
+def check_mode(
+    name: str,
+    options: ModelOptions,
+    num_ranks: int,
+    tp: int | None,
+    dry_run: bool = False,
+    execution: Execution = Execution(),
+) -> None:
     """Raises InputError for a mode that is unknown or not installed, and for options that it has no use for.
 
     ``tp`` is the tensor-parallel size that was asked for: how many processes vLLM starts, or how many ranks a dry run
@@ -87,6 +98,12 @@ def check_mode(name: str, options: ModelOptions, num_ranks: int, tp: int | None,
             )
         return
     library = EXTERNAL_MODES[name]
+    for option, value in asdict(execution).items():
+        if value:
+            raise InputError(
+                f"--{option.replace('_', '-')} was given, but mode {name} is another system; leave it out, or use mode "
+                f"{', '.join(METHODS)}"
+            )
     if options.tp_dir is not None:
         raise InputError(
             f"--tp-dir {options.tp_dir} was given, but mode {name} reads no shards; leave it out, or use mode "
@@ -103,12 +120,19 @@ def check_mode(name: str, options: ModelOptions, num_ranks: int, tp: int | None,
         )
 
 
-def make_mode(name: str, options: ModelOptions, group: TPGroup, tp: int | None, max_batch_size: int) -> Mode:
+def make_mode(
+    name: str,
+    options: ModelOptions,
+    group: TPGroup,
+    tp: int | None,
+    max_batch_size: int,
+    execution: Execution = Execution(),
+) -> Mode:
     """Loads the model for a mode that has passed ``check_mode``; its cells have ``max_batch_size`` at most."""
     if name in METHODS:
         from engine.bench.engine_mode import EngineMode
 
-        return EngineMode(name, options.load(group))
+        return EngineMode(name, options.load(group), execution)
     if name in HF_MODES:
         from engine.bench.hf_mode import HFMode
 

@@ -16,6 +16,7 @@ from engine.bench.timing import HIGH_SPREAD
 # A fixed colour a mode, so that two reports can be laid side by side; the colour-blind can tell them apart.
 _COLORS = {
     "hydragen": "#0072B2",
+    "auto": "#117733",
     "hydragen_noshared": "#D55E00",
     "hf": "#009E73",
     "hf_static": "#56B4E9",

@@ -19,7 +19,7 @@ from engine.files import write_whole
 if TYPE_CHECKING:
     from rich.console import Console
 
-_MODE_ORDER = ("noattention", "hydragen", "hydragen_noshared", "hf", "hf_static", "vllm", "vllm_notok")
+_MODE_ORDER = ("noattention", "hydragen", "auto", "hydragen_noshared", "hf", "hf_static", "vllm", "vllm_notok")
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def format_number(value: float | None, spec: str) -> str:
 _COLUMNS = (
     "sweep model mode batch_size num_shared num_unique status tokens_per_second vs_noattention vs_noshared vs_hf "
     "spread decode_step_ms decode_ms first_token_ms prefill_ms roofline_ms roofline_fraction achieved_gbs "
-    "achieved_tflops predicted_bytes peak_bytes num_iters num_warmup seed device device_name dtype ranks num_threads "
+    "achieved_tflops choice predicted_bytes peak_bytes num_iters num_warmup seed device device_name dtype ranks num_threads "
     "torch git_revision message"
 ).split()
 
@@ -245,7 +245,7 @@ def _csv_values(row: Row) -> dict[str, object]:
             name: getattr(result, name)
             for name in (
                 "sweep", "tokens_per_second", "decode_step_ms", "roofline_ms", "roofline_fraction",
-                "achieved_gbs", "achieved_tflops", "num_iters", "num_warmup", "seed", "message",
+                "achieved_gbs", "achieved_tflops", "choice", "num_iters", "num_warmup", "seed", "message",
             )
         },
         "model": result.model_name,

@@ -13,7 +13,7 @@ from typing import Any
 from engine.bench.result_files import Kind, ResultFiles, Status
 from engine.bench.timing import HIGH_SPREAD, summarize
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, order=True)
@@ -49,6 +49,7 @@ class CellResult:
     achieved_gbs: float | None = None  # per rank: what a decode step must read over the time that it took
     achieved_tflops: float | None = None  # per rank: what a decode step must compute over the time that it took
     roofline_ms: float | None = None  # the least time of a decode step that the machine's ceilings allow
+    choice: str | None = None  # how auto reads the prompt: "shared" or "unshared"
     sweep: str = field(default="", compare=False)  # the OUTDIR it was read from; not in the file
 
     @property

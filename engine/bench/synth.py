@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from engine.arena import fits_beside
 from engine.attention import METHODS
 from engine.attention.decode_step import one_prompt
-from engine.bench.environment import describe_environment
+from engine.bench.environment import Execution, describe_environment, describe_execution
 from engine.bench.memory_model import Footprint, footprint
 from engine.bench.modes import Mode, ModelOptions, make_mode, make_prompt
 from engine.bench.peak_memory import PeakMemory
@@ -43,6 +44,7 @@ class Sweep:
     num_warmup: int
     calc_prefill: bool  # time the shared prompt's prefill too, as often as the decoding
     tp: int | None = None  # processes that vLLM starts
+    execution: Execution = Execution()  # of the engine's own modes
 
 
 def make_grid(
@@ -71,7 +73,8 @@ def run_sweep(sweep: Sweep, group: TPGroup, console: Console) -> None:
     if _refuse_weights(sweep, config, group, todo, say):
         return
     say(f"Loading {sweep.model.name} for mode {sweep.mode} ...")
-    mode = make_mode(sweep.mode, sweep.model, group, sweep.tp, max(cell.batch_size for cell in sweep.cells))
+    most = max(cell.batch_size for cell in sweep.cells)
+    mode = make_mode(sweep.mode, sweep.model, group, sweep.tp, most, sweep.execution)
     runner = _Runner(sweep, config, mode, group)
     with progress_bar(console) as progress:
         task = progress.add_task(sweep.mode, total=len(todo))
@@ -122,7 +125,7 @@ def _unfinished(sweep: Sweep, config: ModelConfig, num_ranks: int, device: str |
                     f"{sweep.outdir} holds results of {theirs[0]} in {theirs[1]}; this sweep is of {ours[0]} in "
                     f"{ours[1]}; use another OUTDIR"
                 )
-            _check_ranks(sweep, result, num_ranks, device)
+            _check_execution(sweep, result, num_ranks, device, config.dtype)
     return [cell for cell in sweep.cells if not is_finished(sweep.outdir, cell)]
 
 
@@ -136,8 +139,11 @@ def _check_lengths(sweep: Sweep, config: ModelConfig) -> None:
         )
 
 
-def _check_ranks(sweep: Sweep, result: CellResult, num_ranks: int, device: str | None) -> None:
-    """Raises InputError when ``result`` ran on another number of ranks or kind of device than the sweep is to.
+def _check_execution(
+    sweep: Sweep, result: CellResult, num_ranks: int, device: str | None, dtype: torch.dtype
+) -> None:
+    """Raises InputError when ``result`` ran on another number of ranks or kind of device, or otherwise, than the sweep
+    is to.
 
     The engine's own modes are held against each other, every other system against itself alone: it has its own
     processes.
@@ -152,6 +158,14 @@ def _check_ranks(sweep: Sweep, result: CellResult, num_ranks: int, device: str |
             f"{sweep.outdir} holds results of {mode} on {theirs[0]} rank(s) ({theirs[1]}); this sweep is of "
             f"{sweep.mode} on {ours[0]} rank(s) ({ours[1]}); use another OUTDIR"
         )
+    if mode not in METHODS or device is None:
+        return
+    for name, value in describe_execution(sweep.execution, torch.device(device), dtype).items():
+        found = result.environment.get(name)
+        if found != value:
+            raise InputError(
+                f"{sweep.outdir} holds results of {mode} with {name} {found}; this sweep has {value}; use another OUTDIR"
+            )
 
 
 def _num_ranks(sweep: Sweep, group: TPGroup) -> int:
@@ -170,7 +184,7 @@ def _refuse_weights(
     needed = {cell: footprint(config, group.size, cell) for cell in cells}
     if any(need is None or need.weights <= free for need in needed.values()):
         return False
-    environment = describe_environment(group.device, config.dtype, group.size)
+    environment = describe_environment(group.device, config.dtype, group.size, sweep.execution)
     for cell, need in needed.items():
         message = f"the weights take {need.weights / 2**30:.2f} GiB a rank; {free / 2**30:.2f} GiB are free"
         result = _empty_result(sweep, cell, need, environment, group.size)
@@ -201,7 +215,7 @@ class _Runner:
 
     def __init__(self, sweep: Sweep, config: ModelConfig, mode: Mode, group: TPGroup):
         self._sweep, self._config, self._mode, self._group = sweep, config, mode, group
-        self._environment = describe_environment(group.device, config.dtype, _num_ranks(sweep, group))
+        self._environment = describe_environment(group.device, config.dtype, _num_ranks(sweep, group), sweep.execution)
         self._free = min(group.gather_objects(available_bytes(group)))
         self._ceilings: dict[int, Ceilings] = {}  # by batch size
 
@@ -304,6 +318,7 @@ class _Runner:
             "prefill_ms": tuple(prefill_ms),
             "decode_ms": tuple(decode_ms),
             "first_token_ms": tuple(first_token_ms),
+            "choice": mode.choice(),
             # Of vLLM's own processes nothing is known.
             "peak_bytes": () if cell.mode.startswith("vllm") else tuple(group.gather_objects(peak.bytes)),
         }

@@ -35,6 +35,9 @@ class VLLMMode:
     def generate(self, num_tokens: int) -> None:
         self._generate(self._prompts, num_tokens)
 
+    def choice(self) -> None:
+        return None
+
     def release(self) -> None:
         self._llm.reset_prefix_cache()
 

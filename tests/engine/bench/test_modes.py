@@ -8,7 +8,9 @@ import torch
 from checkpoints import save_tiny
 
 from engine import LLM, SamplingParams, decoding
+from engine.attention.crossover import ALWAYS, NEVER
 from engine.bench import hf_mode, modes
+from engine.bench.environment import Execution
 from engine.bench.modes import MODES, ModelOptions, check_mode, make_mode, make_prompt
 from engine.bench.results import Cell
 from engine.distributed import TPGroup
@@ -118,12 +120,33 @@ class TestCheck:
         with pytest.raises(InputError, match=message):
             check_mode(name, TINY, 1, None)
 
+    @pytest.mark.parametrize(
+        "execution", [Execution("aten"), Execution(operations_backend="aten"), Execution(cuda_graphs=True)]
+    )
+    def test_how_the_engine_runs_is_no_matter_of_other_systems(self, execution):
+        check_mode("auto", TINY, 1, None, execution=execution)
+        with pytest.raises(InputError, match="--(attention-backend|operations-backend|cuda-graphs) was given, but mode hf"):
+            check_mode("hf", TINY, 1, None, execution=execution)
+
     def test_good_ones(self):
         for name in ("hydragen", "hydragen_noshared", "noattention"):
             check_mode(name, TINY, 8, None)
             check_mode(name, TINY, 8, 8)
             check_mode(name, TINY, 1, 8, dry_run=True)
         check_mode("hf", TINY, 1, 1)
+
+
+@pytest.mark.parametrize(("crossover", "choice"), [(ALWAYS, "shared"), (NEVER, "unshared")])
+def test_auto_says_what_it_does_with_the_prompt(crossover, choice):
+    cell = Cell("auto", 3, len(PROMPT), 4)
+    for name in ("auto", "hydragen"):
+        mode = make_mode(name, TINY, TPGroup(), None, 3)
+        mode.engine.crossover = crossover
+        mode.set_up(cell)
+        mode.prefill(PROMPT)
+        mode.generate(4)
+        assert mode.choice() == (choice if name == "auto" else None)
+        mode.release()
 
 
 def test_the_prompt_depends_on_the_seed_alone():

@@ -24,6 +24,7 @@ RESULT = CellResult(
     achieved_gbs=21.5,
     achieved_tflops=0.4321,
     roofline_ms=30.0,
+    choice="shared",
 )
 
 
@@ -123,7 +124,7 @@ def test_a_result_without_times_is_not_written(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"schema_version": 0}, "schema version 0, this program reads 1"),
+        ({"schema_version": 0}, "schema version 0, this program reads 2"),
         ({"schema_version": None}, "no schema_version"),
         ({"seed": None, "decode_ms": None}, "lacks decode_ms, seed"),
         ({"surprise": 1}, "unknown surprise"),

@@ -16,6 +16,7 @@ from engine.attention import METHODS
 from engine.attention.hydragen import Hydragen
 from engine.bench import synth
 from engine.bench.memory_model import footprint
+from engine.bench.environment import Execution
 from engine.bench.modes import ModelOptions
 from engine.bench.ranges import MAX_COMBINATIONS
 from engine.bench.results import Cell, Status, read_cell
@@ -86,6 +87,9 @@ class FakeMode:
         self._do("generate")
         self.group.barrier()  # as collectives do
 
+    def choice(self):
+        return None
+
     def release(self):
         self.calls.append("release")
 
@@ -96,7 +100,7 @@ def fake(monkeypatch):
     made = []
 
     def use(**options):
-        def make(name, model, group, tp, max_batch_size):
+        def make(name, model, group, tp, max_batch_size, execution):
             made.append(FakeMode(group, **options))
             return made[-1]
 
@@ -259,6 +263,23 @@ class TestResumption:
         monkeypatch.setattr(group, "device", torch.device("cuda"))
         with pytest.raises(InputError, match=r"on 1 rank\(s\) \(cpu\); this sweep .* on 1 rank\(s\) \(cuda\); use"):
             run(sweep(), group)
+
+    @pytest.mark.parametrize(
+        ("execution", "problem"),
+        [
+            (Execution("aten"), "attention_backend reference; this sweep has aten"),
+            (Execution(), "attention_backend reference; this sweep has "),
+            (Execution("reference", "aten"), "operations_backend simd; this sweep has aten"),
+            (Execution("reference", cuda_graphs=True), "cuda_graphs False; this sweep has True"),
+        ],
+    )
+    def test_so_are_those_of_an_engine_that_ran_otherwise(self, sweep, fake, monkeypatch, execution, problem):
+        monkeypatch.setattr("engine.bench.environment.available_operations_backends", lambda *_: ("simd", "aten"))
+        fake()
+        run(sweep(execution=Execution("reference")))
+        assert "are skipped" in run(sweep(execution=Execution("reference")))
+        with pytest.raises(InputError, match=f"holds results of hydragen with {problem}.*; use another OUTDIR"):
+            run(sweep(execution=execution))
 
     def test_other_systems_have_processes_of_their_own(self, sweep, fake):
         fake()
