@@ -1,9 +1,9 @@
 """Decode steps as CUDA graphs.
 
-A graph is captured for a *bucket* of batch sizes, a layout of the attention's items (``kernels/gpu/attention_items.py``)
-and a placement in memory. What changes from step to step (tokens, positions, slots, and the items, which hold every start
-and length) is written into tensors that the graph reads, so one capture serves any lengths. Rows that fill up a bucket
-belong to nobody: they see no key and write to the cache's scratch slot.
+A graph is captured for a *bucket* of batch sizes, a layout of the attention's items
+(``kernels/gpu/attention_items.py``) and a placement in memory. What changes from step to step (tokens, positions,
+slots, and the items, which hold every start and length) is written into tensors that the graph reads, so one capture
+serves any lengths. Rows that fill up a bucket belong to nobody: they see no key and write to the cache's scratch slot.
 
 Shapes: R sequences, B rows of a bucket, N items.
 """

@@ -100,7 +100,8 @@ class Generation:
         self._prompt_logprobs = PromptLogprobs(model, tree, self._requests) if asked else None
         scoring_bytes = self._prompt_logprobs.activation_bytes if self._prompt_logprobs else 0
         self._room = TreeRoom(arena, model, tree, options.method, rooms, kept, scoring_bytes)
-        self._executor = Executor(model, options.method, tree, self._room.placement, self._room.node_hidden, None, graphs)
+        room = self._room
+        self._executor = Executor(model, options.method, tree, room.placement, room.node_hidden, None, graphs)
         self._decoder = Decoder(
             self._executor,
             self._requests,

@@ -94,7 +94,7 @@ def make_arena(
 class KVCache:
     """One arena of keys and one of values per layer, ``(S, Hkv, D)``, zeroed: every slot is finite at all times.
 
-    But for one more slot behind them, ``scratch_slot``, which nobody reads: rows that stand for no sequence write there.
+    But for one more slot behind them, ``scratch_slot``, which nobody reads: rows of no sequence write there.
     """
 
     def __init__(

@@ -13,7 +13,9 @@ app = make_app()
 
 @app.command()
 def calibration(
-    delete: Annotated[bool, typer.Option("--delete", help="Delete all of it; it is measured anew when needed.")] = False,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Delete all of it; it is measured anew when needed.")
+    ] = False,
 ) -> None:
     """Show from which length on, in tokens, attention method auto has a shared prefix read once for all queries.
 

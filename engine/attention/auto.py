@@ -13,7 +13,6 @@ import numpy as np
 from engine.attention.crossover import ALWAYS, Crossover
 from engine.attention.hydragen import Hydragen, begins, level_segment
 from engine.attention.method import Runs
-from kernels import Segment
 
 
 class Auto(Hydragen):

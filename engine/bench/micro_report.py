@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 BASELINE = "base"
+ALLOWED_OVER_BEST = 0.1  # of the time of the better one: what a choice that was measured before may cost
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,11 @@ def _rounds(rows: Sequence[RowResult]) -> Iterator[tuple[float, ...]]:
 
 @dataclass(frozen=True)
 class MicroRow:
-    """A result, and how many times as fast as the baseline it is at the same sizes and with the same backend."""
+    """A result, and how it compares with others at the same sizes and with the same backend."""
 
     result: RowResult
-    vs_base: Ratio | None  # of whole attention only
+    vs_base: Ratio | None  # of whole attention only: how many times as fast as the baseline
+    vs_best: Ratio | None  # of auto only: how many times as long as the faster one of the modes that it chooses from
 
 
 def build_micro_rows(results: Iterable[RowResult]) -> list[MicroRow]:
@@ -81,7 +83,19 @@ def build_micro_rows(results: Iterable[RowResult]) -> list[MicroRow]:
         is_whole = not operation or operation in MODES
         return ratio([base], [result]) if base is not None and is_whole else None
 
-    return [MicroRow(result, against_base(result)) for result in results]
+    fixed = {name for name, mode in MODES.items() if not mode.chooses}
+    choices: dict[tuple[object, ...], list[RowResult]] = {}
+    for result in results:
+        if _name(result) in fixed and result.median_ms:
+            choices.setdefault(_point(result), []).append(result)
+
+    def against_best(result: RowResult) -> Ratio | None:
+        others = choices.get(_point(result), [])
+        if result.choice is None or len(others) < len(fixed):
+            return None
+        return ratio([result], [min(others, key=lambda other: other.median_ms)])
+
+    return [MicroRow(result, against_base(result), against_best(result)) for result in results]
 
 
 def _name(result: RowResult) -> str:
@@ -155,6 +169,8 @@ def print_micro_tables(rows: Sequence[MicroRow], console: "Console") -> None:
         _print_table(members, console)
         if operations:
             _print_comparisons(members, console)
+        for line in _about_choices(members):
+            console.print(line, soft_wrap=True, highlight=False)
     if any(row.result.high_spread or (row.vs_base and row.vs_base.high_spread) for row in rows):
         console.print(f"! times vary by more than {HIGH_SPREAD:.0%}: differences of that size may be noise")
     if any(row.vs_base and not row.vs_base.same_run for row in rows):
@@ -179,6 +195,7 @@ def _print_table(rows: Sequence[MicroRow], console: "Console") -> None:
         "of\nroofline": [format_number(result.roofline_fraction, ".0%") for result in results],
         "choice": [result.choice or MISSING for result in results],
         "vs\nbase": [row.vs_base.text if row.vs_base else MISSING for row in rows],
+        "time over\nthe best": [row.vs_best.text if row.vs_best else MISSING for row in rows],
     }
     table = Table(box=box.HORIZONTALS, padding=(0, 1, 0, 0))
     for heading in ("batch", "shared", "unique", "heads", "dim"):
@@ -222,6 +239,21 @@ def _print_comparisons(rows: Sequence[MicroRow], console: "Console") -> None:
             console.print(f"  {line}", soft_wrap=True, highlight=False)
 
 
+def _about_choices(rows: Sequence[MicroRow]) -> list[str]:
+    """How far the mode that chooses is from the better of the others, over all sizes."""
+    chosen = sorted((row for row in rows if row.vs_best), key=lambda row: row.vs_best.value)
+    if not chosen:
+        return []
+    worst, middle = chosen[-1], chosen[len(chosen) // 2]
+    beyond = [row for row in chosen if row.vs_best.value > 1 + ALLOWED_OVER_BEST + (row.vs_best.spread or 0)]
+    where = "; ".join(row.result.row.words for row in beyond)
+    return [
+        f"auto takes {middle.vs_best.value:.2f} times as long as the best in the middle of {len(chosen)} sizes, and at "
+        f"most {_ratio(worst.vs_best)}, at {worst.result.row.words}",
+        f"beyond {ALLOWED_OVER_BEST:.0%} and the spread: {f'{len(beyond)}: {where}' if beyond else 'none'}",
+    ]
+
+
 def _ratio(found: Ratio) -> str:
     return f"{found.text} (spread {format_number(found.spread, '.0%')})"
 
@@ -244,7 +276,8 @@ _RESULT_COLUMNS = (
 ).split()
 _ENVIRONMENT_COLUMNS = "device device_name dtype num_threads git_revision".split()
 _COLUMNS = (
-    *_ROW_COLUMNS, *_RESULT_COLUMNS, "vs_base", "vs_base_spread", "vs_base_same_run", "num_iters", "backends",
+    *_ROW_COLUMNS, *_RESULT_COLUMNS, "vs_base", "vs_base_spread", "vs_base_same_run", "vs_best", "vs_best_spread",
+    "num_iters", "backends",
     *_ENVIRONMENT_COLUMNS, "torch",
 )  # fmt: skip
 
@@ -263,6 +296,8 @@ def _csv_values(row: MicroRow) -> dict[str, object]:
         "vs_base": row.vs_base and row.vs_base.value,
         "vs_base_spread": row.vs_base and row.vs_base.spread,
         "vs_base_same_run": row.vs_base and row.vs_base.same_run,
+        "vs_best": row.vs_best and row.vs_best.value,
+        "vs_best_spread": row.vs_best and row.vs_best.spread,
         "num_iters": len(result.times_ms),
         "backends": " ".join(result.backends),
         "torch": (environment.get("versions") or {}).get("torch"),

@@ -212,8 +212,8 @@ def format_number(value: float | None, spec: str) -> str:
 _COLUMNS = (
     "sweep model mode batch_size num_shared num_unique status tokens_per_second vs_noattention vs_noshared vs_hf "
     "spread decode_step_ms decode_ms first_token_ms prefill_ms roofline_ms roofline_fraction achieved_gbs "
-    "achieved_tflops choice predicted_bytes peak_bytes num_iters num_warmup seed device device_name dtype ranks num_threads "
-    "torch git_revision message"
+    "achieved_tflops choice predicted_bytes peak_bytes num_iters num_warmup seed device device_name dtype ranks "
+    "num_threads torch git_revision message"
 ).split()
 
 

@@ -164,7 +164,8 @@ def _check_execution(
         found = result.environment.get(name)
         if found != value:
             raise InputError(
-                f"{sweep.outdir} holds results of {mode} with {name} {found}; this sweep has {value}; use another OUTDIR"
+                f"{sweep.outdir} holds results of {mode} with {name} {found}; this sweep has {value}; use another "
+                "OUTDIR"
             )
 
 

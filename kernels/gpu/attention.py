@@ -5,7 +5,8 @@ query heads of a group. All segments whose items have tiles of one kind run in o
 takes the states that the others have left into its own as it ends: a decode step of any number of levels above own
 keys is two launches.
 
-Shapes: T queries, S keys of the arena, Hq query heads, Hkv KV heads, G = Hq // Hkv, D head dimension, N items, P planes.
+Shapes: T queries, S keys of the arena, Hq query heads, Hkv KV heads, G = Hq // Hkv, D head dimension, N items,
+P planes.
 """
 
 import math
@@ -236,7 +237,7 @@ class TritonPlan:
 
 
 class LaidOut:
-    """A layout, and on the device the table of its items, into which those of another of equal layout may be written."""
+    """A layout, and on the device the table of its items, which may be overwritten by those of an equal layout."""
 
     def __init__(self, layout: Layout, items: torch.Tensor):
         self.layout, self.items = layout, items

@@ -152,7 +152,7 @@ def _choose_tiles(segments: Sequence[Segment], heads: HeadShape) -> list[Tile]:
 
 
 def _merging_kind(cuts: Sequence[_Cut], kinds: Sequence[tuple[Tile, bool]]) -> tuple[Tile, bool] | None:
-    """The launch that can merge all others' planes as it ends: a second one of small tiles, one state for each query."""
+    """The launch that can merge all others' planes as it ends: one of small tiles, with one state for each query."""
     for kind in kinds if len(kinds) > 1 else ():
         members = [cut for cut in cuts if (cut.tile, cut.causal) == kind]
         if kind[0].rows <= _MAX_MERGING_ROWS and len(members) == 1 and members[0].num_parts == 1:

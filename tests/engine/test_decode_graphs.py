@@ -1,5 +1,5 @@
-"""Decode steps as graphs, on CPU by a stand-in that does the captured work again: whatever it reads beside the tensors that
-are written anew is as it was when it was captured. On CUDA the graphs are real."""
+"""Decode steps as graphs, on CPU by a stand-in that does the captured work again: whatever it reads beside the tensors
+that are written anew is as it was when it was captured. Real ones are in ``test_cuda.py``."""
 
 import numpy as np
 import pytest
@@ -166,7 +166,7 @@ class TestWhereTheyCannotBe:
         model = our_engine(small_model()).model
         monkeypatch.setattr(model, "group", TPGroup(0, 2, "cuda"))
         monkeypatch.setattr("torch.distributed.get_backend", lambda: "gloo")
-        with pytest.raises(InputError, match="on 2 ranks that gloo connects, .*; accepted: one rank, or a GPU for each"):
+        with pytest.raises(InputError, match="2 ranks that gloo connects, .*; accepted: one rank, or a GPU for each"):
             Engine(model, cuda_graphs=True)
 
     def test_with_another_attention_backend(self, monkeypatch):

@@ -278,7 +278,7 @@ class TestMistakes:
             ({"dtype": "int8"}, "dtype 'int8' is not known; accepted: auto, float32, bfloat16, float16"),
             ({"load_format": "pickle"}, "load format 'pickle' is not known; accepted: auto, dummy"),
             ({"attention_backend": "flash"}, "backend 'flash' is not known; accepted: simd, triton, aten, reference"),
-            ({"cuda_graphs": True, "device": "cpu"}, "CUDA graphs were asked for on cpu; accepted: on CUDA; leave them"),
+            ({"cuda_graphs": True, "device": "cpu"}, "CUDA graphs were asked for on cpu; accepted: on CUDA;"),
             ({"operations_backend": "reference"}, "backend 'reference' is not known; accepted: simd, triton, aten"),
             ({"load_format": "dummy", "tp_dir": "x"}, "leave one of them out"),
             ({}, "no such folder: 'nowhere'"),

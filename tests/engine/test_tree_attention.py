@@ -1,5 +1,5 @@
-"""Shared-prefix attention is exact: on any tree, on one rank or several, hydragen, sharing all nodes or some, equals the
-baseline that shares nothing, and all equal transformers on each whole sequence."""
+"""Shared-prefix attention is exact: on any tree, on one rank or several, hydragen, sharing all nodes or some, equals
+the baseline that shares nothing, and all equal transformers on each whole sequence."""
 
 from collections import Counter
 

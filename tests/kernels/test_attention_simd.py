@@ -172,7 +172,7 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
         torch.testing.assert_close(out, torch.full((3, 4, 17), 0.5))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, f"ended by {done.returncode} after {done.stdout.splitlines()[-1:]}: {done.stderr[-2000:]}"
+    assert done.returncode == 0, f"ended after {done.stdout.splitlines()[-1:]}: {done.stderr[-2000:]}"
     assert len(done.stdout.splitlines()) == 12
 
 

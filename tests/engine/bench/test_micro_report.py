@@ -111,6 +111,31 @@ PARTS = [
 ]
 
 
+class TestChoices:
+    def rows(self, base, hydragen, auto, **changes):
+        kinds = (("base", base, None), ("hydragen", hydragen, None), ("auto", auto, "shared"))
+        return [replace(row_result(mode, times, **changes), choice=choice) for mode, times, choice in kinds]
+
+    def test_auto_is_held_against_the_better_one(self):
+        *_, auto = build_micro_rows(self.rows((4, 8), (2, 4), (3, 6)))
+        assert auto.result.row.mode == "auto" and auto.vs_best.value == 1.5
+        for row in build_micro_rows(self.rows((1, 2), (2, 4), (2, 4))):
+            assert row.vs_best is None or row.vs_best.value == 2
+
+    def test_not_where_one_of_them_is_missing(self):
+        assert all(row.vs_best is None for row in build_micro_rows(self.rows((4, 8), (2, 4), (3, 6))[1:]))
+
+    def test_the_table_says_how_far_it_is_at_most(self):
+        good = self.rows((4, 4), (2, 2), (2.1, 2.1))
+        text = table(good)
+        assert "auto takes 1.05 times as long as the best in the middle of 1 sizes, and at most 1.05 (spread 0%)" in text
+        assert "beyond 10% and the spread: none" in text
+        bad = [replace(r, row=replace(r.row, batch_size=7)) for r in self.rows((4, 4), (2, 2), (3, 3))]
+        assert "beyond 10% and the spread: 1: batch 7, shared" in table([*good, *bad])
+        noisy = self.rows((4, 4, 4), (2, 2, 2), (2, 3, 8))
+        assert "and the spread: none" in table(noisy)
+
+
 class TestParts:
     def test_a_kernel_that_merges_itself_has_two_parts(self):
         found, what = hydragen_over_parts([operation("hydragen", 3.3, backends=("aten", "simd")), *PARTS])

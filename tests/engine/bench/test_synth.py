@@ -15,8 +15,8 @@ import engine.tree_room
 from engine.attention import METHODS
 from engine.attention.hydragen import Hydragen
 from engine.bench import synth
-from engine.bench.memory_model import footprint
 from engine.bench.environment import Execution
+from engine.bench.memory_model import footprint
 from engine.bench.modes import ModelOptions
 from engine.bench.ranges import MAX_COMBINATIONS
 from engine.bench.results import Cell, Status, read_cell
