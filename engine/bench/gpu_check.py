@@ -15,7 +15,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -23,7 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from engine.bench.gpu_work import RESULTS, SIZES, Grid
+from engine.bench.gpu_work import RESULTS, SIZES, Grid, MicroGrid
+from engine.bench.micro_report import MicroRow, build_micro_rows, micro_findings
+from engine.bench.micro_results import FILES, Sizes
 from engine.bench.results import CellResult, Status, read_results
 from engine.files import write_whole
 
@@ -33,6 +35,11 @@ _ROOT = Path(__file__).resolve().parents[2]
 _PATIENCE_S = 5.0  # that a section which is told to end has for ending its own processes
 _TAIL = 4000  # characters of a failed section's log that the report holds
 _EXCEPTION = re.compile(r"^(?:\[rank\d+\]: ?)?([\w.]*(?:Error|Exception): .+)$", re.MULTILINE)
+# Shares of the time, in seconds of the nine minutes that are there by default.
+_WEIGHTS = {
+    "attention": 95.0, "operations": 55.0, "crossover": 55.0,
+    "sweep-125m": 60.0, "graphs-125m": 45.0, "sweep-8b": 45.0, "graphs-8b": 45.0,
+}  # fmt: skip
 # Of the largest logit, between two ranks and one.
 _RANKS_TOLERANCE = {"float32": 2e-5, "bfloat16": 6e-2}
 
@@ -80,7 +87,7 @@ class Section(ABC):
 class GpuTests(Section):
     """The tests that are marked ``gpu``. ``paths`` are those to look in; ``required``: one has to run and pass."""
 
-    name, weight = "tests", 3.0
+    name, weight = "tests", 110.0
 
     def __init__(self, paths: Sequence[str], required: bool):
         self._paths, self._required = paths, required
@@ -130,7 +137,7 @@ class _Work(Section):
 class Machine(_Work):
     """What the machine is and its ceilings."""
 
-    name, weight = "machine", 1.0
+    name, weight = "machine", 15.0
 
     def complaint(self, numbers):
         return None if numbers["ceilings"] else "no ceiling was measured"
@@ -147,7 +154,7 @@ class Machine(_Work):
 class Ranks(_Work):
     """Two ranks, on one device where there is but one, against one rank."""
 
-    name, weight = "ranks", 1.0
+    name, weight = "ranks", 30.0
 
     def command(self, folder):
         program = super().command(folder)[1:]
@@ -172,14 +179,37 @@ class Ranks(_Work):
         )
 
 
+class Microbenchmark(_Work):
+    """The attention of one layer, or the operations of a step, over a grid of sizes."""
+
+    def __init__(self, name: str, weight: float, grid: MicroGrid, device: str, size_name: str):
+        super().__init__(device, size_name)
+        self.name, self.weight, self._grid = name, weight, grid
+
+    def read(self, folder):
+        rows = build_micro_rows(FILES.read_all([folder]))
+        return {"rows": [_row_numbers(row) for row in rows], "found": micro_findings(rows)}
+
+    def complaint(self, numbers):
+        """Sizes that do not fit are recorded, and are no fault."""
+        bad = next((row for row in numbers["rows"] if row["status"] == Status.OUT_OF_MEMORY), None)
+        if bad is not None:
+            return f"{bad['mode']} at batch {bad['batch_size']}: {bad['message']}"
+        done = {tuple(row[name] for name in _SIZES) for row in numbers["rows"]}
+        needed = {tuple(getattr(sizes, name) for name in _SIZES) for sizes in self._grid.sizes[: self._grid.num_needed]}
+        return f"{len(needed - done)} of {len(needed)} sizes were not timed" if needed - done else None
+
+    def summary(self, numbers):
+        sizes = {tuple(row[name] for name in _SIZES) for row in numbers.get("rows", ())}
+        return "\n".join([f"{len(sizes)} of {len(self._grid.sizes)} sizes", *numbers.get("found", ())])
+
+
 class Throughput(_Work):
     """A sweep over one model's grid."""
 
-    weight = 4.0
-
-    def __init__(self, name: str, grid: Grid, device: str, size_name: str):
+    def __init__(self, name: str, weight: float, grid: Grid, device: str, size_name: str):
         super().__init__(device, size_name)
-        self.name, self._grid = name, grid
+        self.name, self.weight, self._grid = name, weight, grid
 
     def read(self, folder):
         return {"model": self._grid.model, "cells": [_cell_numbers(result) for result in read_results([folder])]}
@@ -212,12 +242,26 @@ def _cell_numbers(result: CellResult) -> dict:
     return fields | {name: getattr(result, name) for name in ("tokens_per_second", "decode_step_ms", "spread")}
 
 
+_SIZES = tuple(field.name for field in fields(Sizes))
+
+
+def _row_numbers(row: MicroRow) -> dict:
+    numbers = asdict(row.result)
+    numbers |= numbers.pop("row")
+    del numbers["sweep"]
+    derived = ("median_ms", "spread", "achieved_gbs", "achieved_tflops", "roofline_ms", "roofline_fraction")
+    ratios = {name: getattr(row, name) and asdict(getattr(row, name)) for name in ("vs_base", "vs_best")}
+    return numbers | {name: getattr(row.result, name) for name in derived} | ratios
+
+
 def make_sections(device: str, tiny: bool) -> list[Section]:
     """The sections, in the order in which they run: what is wrong first, how fast it is after."""
     size_name = "tiny" if tiny else "full"
-    tests = GpuTests(["tests/kernels"] if tiny else ["tests"], required=device != "cpu")
-    sweeps = [Throughput(name, grid, device, size_name) for name, grid in SIZES[size_name].sweeps.items()]
-    return [tests, Machine(device, size_name), Ranks(device, size_name), *sweeps]
+    size = SIZES[size_name]
+    tests = GpuTests(["tests/kernels/test_attention_cuda.py"] if tiny else ["tests"], required=device != "cpu")
+    micro = [Microbenchmark(name, _WEIGHTS[name], grid, device, size_name) for name, grid in size.micro.items()]
+    sweeps = [Throughput(name, _WEIGHTS[name], grid, device, size_name) for name, grid in size.sweeps.items()]
+    return [tests, Machine(device, size_name), Ranks(device, size_name), *micro, *sweeps]
 
 
 def run_sections(

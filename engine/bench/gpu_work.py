@@ -6,13 +6,16 @@
 import json
 import sys
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from engine.attention import METHODS
-from engine.bench.environment import describe_environment
+from engine.bench.environment import Execution, describe_environment
+from engine.bench.micro_results import Sizes
+from engine.bench.microbenchmark import MicroSweep, run_microbenchmark
 from engine.bench.modes import ModelOptions, check_mode
 from engine.bench.results import Cell
 from engine.bench.roofline import measure_ceilings
@@ -25,21 +28,55 @@ from engine.loader import load_model
 from engine.sampling import SamplingParams
 
 RESULTS = "results.json"
+_GRAPHS = Execution(attention_backend="triton", operations_backend="triton", cuda_graphs=True)
 _DTYPE = "bfloat16"
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Modes and sizes of one model, which has random weights."""
+    """Modes and sizes of one model, which has random weights, and how the engine runs."""
 
     model: str
     modes: tuple[str, ...]
     batch_sizes: tuple[int, ...]
     num_shared: tuple[int, ...]
     num_unique: tuple[int, ...]
+    execution: Execution = Execution()
 
     def cells(self, mode: str) -> tuple[Cell, ...]:
         return make_grid(mode, self.batch_sizes, self.num_shared, self.num_unique)
+
+
+@dataclass(frozen=True)
+class MicroGrid:
+    """Modes and sizes of the microbenchmark, timed in this order until the time is over."""
+
+    modes: tuple[str, ...]
+    sizes: tuple[Sizes, ...]
+    num_needed: int  # of the sizes, the first ones
+    seconds: float
+    num_iters: int
+
+    @classmethod
+    def of(
+        cls,
+        modes: tuple[str, ...],
+        lengths: Sequence[tuple[int, int, int]],
+        heads: tuple[int, int, int],
+        num_needed: int,
+        seconds: float,
+        num_iters: int,
+    ) -> "MicroGrid":
+        """``lengths`` are batch sizes, shared and unique keys; ``heads`` query and KV heads and their dimension."""
+        sizes = tuple(Sizes(b, s, u, u, *heads) for b, s, u in lengths)
+        return cls(modes, sizes, num_needed, seconds, num_iters)
+
+
+# Of the Hydragen paper's figures 5 and 8: batch sizes and shared keys.
+_PAPER = ((512, 1024), (1024, 2048), (2048, 4096), (4096, 8192))
+_COARSE = tuple(range(0, 513, 128))
+# Unique keys from coarse to fine steps.
+_UNIQUE = (*_COARSE, *(u for step in (64, 32, 16) for u in range(step, 513, 2 * step)))
 
 
 @dataclass(frozen=True)
@@ -48,7 +85,8 @@ class Size:
 
     ceiling_rows: tuple[int, ...]
     ceiling_seconds: float  # for each number of rows
-    sweeps: dict[str, Grid]  # by section
+    micro: dict[str, MicroGrid]  # by section
+    sweeps: dict[str, Grid]  # likewise
     num_iters: int
     rank_models: tuple[tuple[str, str], ...]  # (preset, dtype) that two ranks run
 
@@ -57,9 +95,32 @@ SIZES = {
     "full": Size(
         ceiling_rows=(16, 64, 256),
         ceiling_seconds=1.5,
+        micro={
+            "attention": MicroGrid.of(
+                ("base", "hydragen", "auto"),
+                [(b, s, u) for u in _UNIQUE for b, s in _PAPER],
+                (8, 1, 128),
+                num_needed=len(_COARSE) * len(_PAPER),
+                seconds=70,
+                num_iters=20,
+            ),
+            "operations": MicroGrid.of(
+                ("operations",), [(4096, 8192, 64), (64, 4096, 64), (1, 16, 2**17)], (8, 1, 128), 3, 40, 30
+            ),
+            "crossover": MicroGrid.of(
+                ("base", "hydragen", "auto"),
+                [(b, s, 64) for b in (1, 4, 16, 64, 256) for s in (16, 128, 1024, 4096, 16384)],
+                (8, 1, 128),
+                num_needed=25,
+                seconds=40,
+                num_iters=30,
+            ),
+        },
         sweeps={
-            "sweep-125m": Grid("llama-125m", (*METHODS, "hf"), (16, 64, 256), (1024, 4096), (16, 64)),
+            "sweep-125m": Grid("llama-125m", (*METHODS, "hf"), (16, 256), (1024, 4096), (64,)),
+            "graphs-125m": Grid("llama-125m", tuple(METHODS), (16, 256), (1024, 4096), (64,), _GRAPHS),
             "sweep-8b": Grid("meta-llama/Llama-3.1-8B", tuple(METHODS), (32, 128), (4096,), (32,)),
+            "graphs-8b": Grid("meta-llama/Llama-3.1-8B", tuple(METHODS), (32, 128), (4096,), (32,), _GRAPHS),
         },
         num_iters=3,
         # In float32 CUDA has the reference alone, which takes a token at a time.
@@ -68,9 +129,16 @@ SIZES = {
     "tiny": Size(
         ceiling_rows=(4,),
         ceiling_seconds=0.03,
+        micro={
+            "attention": MicroGrid.of(("base", "hydragen", "auto"), [(2, 8, u) for u in (0, 4)], (2, 1, 8), 2, 60, 2),
+            "operations": MicroGrid.of(("operations",), [(2, 8, 4)], (2, 1, 8), 1, 60, 2),
+            "crossover": MicroGrid.of(("base", "hydragen", "auto"), [(2, 16, 4)], (2, 1, 8), 1, 60, 2),
+        },
         sweeps={
-            "sweep-125m": Grid("tiny", ("noattention", "hydragen"), (2,), (24,), (3,)),
+            "sweep-125m": Grid("tiny", ("noattention", "hydragen", "auto"), (2,), (24,), (3,)),
+            "graphs-125m": Grid("tiny", ("hydragen",), (2,), (24,), (3,), Execution(operations_backend="aten")),
             "sweep-8b": Grid("tiny", ("hydragen_noshared",), (2,), (24,), (3,)),
+            "graphs-8b": Grid("tiny", ("hydragen",), (2,), (24,), (3,), Execution("aten")),
         },
         num_iters=1,
         rank_models=(("tiny", "float32"), ("tiny", "bfloat16")),
@@ -89,16 +157,26 @@ def measure_machine(folder: Path, group: TPGroup, size: Size) -> None:
 def sweep(folder: Path, group: TPGroup, size: Size, grid: Grid) -> None:
     """Times every cell of a grid; each is a file as soon as it is done. A mode that fails leaves the others alone."""
     model = ModelOptions(grid.model, load_format="dummy", dtype=_DTYPE)
-    failed = []
+    failed, console = [], make_console()
     for mode in grid.modes:
         try:
-            check_mode(mode, model, group.size, None)
-            run_sweep(Sweep(folder, mode, grid.cells(mode), model, size.num_iters, 1, True), group, make_console())
+            check_mode(mode, model, group.size, None, execution=grid.execution)
+            cells = grid.cells(mode)
+            run_sweep(Sweep(folder, mode, cells, model, size.num_iters, 1, True, None, grid.execution), group, console)
         except Exception:
             traceback.print_exc()
             failed.append(mode)
     if failed:
         sys.exit(f"modes that failed: {', '.join(failed)}")
+
+
+def time_attention(folder: Path, group: TPGroup, grid: MicroGrid) -> None:
+    """The microbenchmark; each size's rows are files as soon as they are done."""
+    sweep = MicroSweep(
+        folder, grid.modes, grid.sizes, getattr(torch, _DTYPE), num_iters=grid.num_iters, num_warmup=3,
+        seconds=grid.seconds,
+    )  # fmt: skip
+    run_microbenchmark(sweep, group, make_console())
 
 
 # Shared prefixes at two depths, an empty suffix, equal prompts, and one that shares nothing.
@@ -156,6 +234,8 @@ def main(section: str, folder: str, device: str, size_name: str) -> None:
     try:
         if section in size.sweeps:
             sweep(Path(folder), group, size, size.sweeps[section])
+        elif section in size.micro:
+            time_attention(Path(folder), group, size.micro[section])
         else:
             {"machine": measure_machine, "ranks": compare_ranks}[section](Path(folder), group, size)
     finally:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.bench.decode_workload import MODES
-from engine.bench.micro_results import OPERATIONS_MODE, Row, RowResult
+from engine.bench.micro_results import OPERATIONS_MODE, Row, RowResult, Sizes
 from engine.bench.operations import PARTS, all_operations, hidden_size, intermediate_size
 from engine.bench.report import MISSING, format_number, require_matplotlib, write_table
 from engine.bench.result_files import Status
@@ -225,18 +225,45 @@ def _starts_section(row: Row, before: Row) -> bool:
 
 
 def _print_comparisons(rows: Sequence[MicroRow], console: "Console") -> None:
-    for sizes, group in groupby((row.result for row in rows), key=lambda result: result.row.sizes):
-        results = list(group)
-        lines = []
-        if parts := hydragen_over_parts(results):
-            found, what = parts
-            lines.append(f"hydragen takes {_ratio(found)} times as long as the best calls of its parts: {what}")
-        if found := base_over_read(results):
-            lines.append(f"base moves its bytes at {_ratio(found)} of the rate at which memory_read does")
+    for sizes, results in _by_sizes(rows):
         row_sizes = f"hidden size {hidden_size(sizes)}, MLP {intermediate_size(sizes)}"
         console.print(f"{sizes.words} ({row_sizes}):", soft_wrap=True, highlight=False)
-        for line in lines:
+        for line in _about_operations(results):
             console.print(f"  {line}", soft_wrap=True, highlight=False)
+
+
+def micro_findings(rows: Sequence[MicroRow]) -> list[str]:
+    """What the rows of one setting say, in words."""
+    operations, modes = ([row for row in rows if _is_operation(row.result) == kind] for kind in (True, False))
+    found = [f"{sizes.words}: {line}" for sizes, of_size in _by_sizes(operations) for line in _about_operations(of_size)]
+    ratios = sorted(row.vs_base.value for row in modes if row.vs_base and row.result.row.mode == "hydragen")
+    if ratios:
+        found.append(f"hydragen is {ratios[0]:.2f} to {ratios[-1]:.2f} times as fast as base")
+    return found + _about_choices(modes)
+
+
+def _by_sizes(rows: Sequence[MicroRow]) -> Iterator[tuple[Sizes, list[RowResult]]]:
+    for sizes, group in groupby((row.result for row in rows), key=lambda result: result.row.sizes):
+        yield sizes, list(group)
+
+
+def _about_operations(results: Sequence[RowResult]) -> list[str]:
+    """Of one size."""
+    lines = []
+    if parts := hydragen_over_parts(results):
+        found, what = parts
+        lines.append(f"hydragen takes {_ratio(found)} times as long as the best calls of its parts: {what}")
+    if found := base_over_read(results):
+        lines.append(f"base moves its bytes at {_ratio(found)} of the rate at which memory_read does")
+    for name, rows in groupby((result for result in results if result.median_ms), key=_name):
+        if len(backends := list(rows)) > 1:
+            lines.append(f"{name}: {', '.join(_speed(result) for result in backends)}")
+    return lines
+
+
+def _speed(result: RowResult) -> str:
+    fraction = f" ({result.roofline_fraction:.0%} of the roofline)" if result.roofline_fraction else ""
+    return f"{result.row.backend} {result.median_ms:.4g} ms{fraction}"
 
 
 def _about_choices(rows: Sequence[MicroRow]) -> list[str]:

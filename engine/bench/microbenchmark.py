@@ -4,6 +4,7 @@ What is compared takes turns, with cold caches: a machine's speed drifts within 
 apart.
 """
 
+import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -63,6 +64,7 @@ class MicroSweep:
     num_warmup: int | None = None
     save: bool = True  # write files, and skip the rows that have one
     verbose: bool = False
+    seconds: float | None = None  # after which no further size is begun
 
 
 @dataclass(frozen=True)
@@ -201,11 +203,13 @@ def run_microbenchmark(sweep: MicroSweep, group: TPGroup, console: Console) -> l
         say(f"{skipped} of {len(sweep.grid)} sizes have results in {sweep.outdir} and are skipped.")
     if not todo:
         return []
-    runner = _Runner(sweep, group, say)
+    runner, began = _Runner(sweep, group, say), time.monotonic()
     results = []
     with progress_bar(console) as progress:
         task = progress.add_task("", total=len(todo))
         for sizes in todo:
+            if sweep.seconds is not None and time.monotonic() - began > sweep.seconds:
+                break
             progress.update(task, description=sizes.words)
             found = runner.run(sizes)
             for result in found:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from commands import Command, assert_mistake
 
-from engine.bench.gpu_check import REPORT, Machine
+from engine.bench.gpu_check import REPORT, Machine, make_sections
 
 gpu_check = Command("scripts/gpu_check.py")
 
@@ -16,15 +16,21 @@ def test_every_section_at_toy_size(tmp_path, monkeypatch):
     assert done.status == 0, report
     assert report["complete"] and report["device"] == "cpu"
     numbers = {name: section["numbers"] for name, section in report["sections"].items()}
-    assert list(numbers) == ["tests", "machine", "ranks", "sweep-125m", "sweep-8b"]
-    assert numbers["tests"]["skipped"] > 60 and numbers["tests"]["passed"] == 0  # without a GPU each is skipped
+    assert list(numbers) == [section.name for section in make_sections("cpu", tiny=True)]
+    assert numbers["tests"]["skipped"] > 0 and numbers["tests"]["passed"] == 0  # without a GPU each is skipped
     assert numbers["machine"]["environment"]["versions"]["torch"] == torch.__version__
     assert numbers["machine"]["ceilings"][0]["read_gbs"] > 0
     assert {(c["dtype"], c["method"], c["num_ranks"]) for c in numbers["ranks"]["comparisons"]} == {
         (dtype, method, 2) for dtype in ("float32", "bfloat16") for method in ("hydragen", "hydragen_noshared")
     }
-    assert [cell["mode"] for cell in numbers["sweep-125m"]["cells"]] == ["hydragen", "noattention"]
-    assert all(cell["decode_ms"] for name in ("sweep-125m", "sweep-8b") for cell in numbers[name]["cells"])
+    sweeps = [name for name in numbers if "cells" in numbers[name]]
+    assert sweeps == ["sweep-125m", "graphs-125m", "sweep-8b", "graphs-8b"]
+    assert all(cell["decode_ms"] for name in sweeps for cell in numbers[name]["cells"])
+    assert [cell["mode"] for cell in numbers["sweep-125m"]["cells"]] == ["auto", "hydragen", "noattention"]
+    assert numbers["graphs-125m"]["cells"][0]["environment"]["operations_backend"] == "aten"
+    assert {row["mode"] for row in numbers["attention"]["rows"]} == {"base", "hydragen", "auto"}
+    assert {row["choice"] for row in numbers["crossover"]["rows"]} <= {"shared", "unshared", None}
+    assert any(row["operation"] == "swiglu" and row["times_ms"] for row in numbers["operations"]["rows"])
     assert all(name in done.stdout for name in numbers) and "FAILED" not in done.stdout
 
 

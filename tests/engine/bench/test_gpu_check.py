@@ -2,16 +2,19 @@ import json
 import os
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rows import row_result
 
 import engine.bench.gpu_check
 from engine.bench.gpu_check import (
     REPORT,
     GpuTests,
     Machine,
+    Microbenchmark,
     Ranks,
     Section,
     Throughput,
@@ -19,7 +22,9 @@ from engine.bench.gpu_check import (
     print_outcomes,
     run_sections,
 )  # fmt: skip
-from engine.bench.gpu_work import SIZES, Grid
+from engine.bench.gpu_work import SIZES, Grid, MicroGrid
+from engine.bench.micro_results import FILES
+from engine.bench.result_files import Status
 
 QUIET = Console(quiet=True)
 
@@ -192,8 +197,27 @@ def test_ranks_are_held_to_one_rank(found, complaint):
     assert section.summary(numbers).count("tokens differ") == 2 and section.summary({}) == ""
 
 
+def test_a_microbenchmark_needs_its_first_sizes(tmp_path):
+    grid = MicroGrid.of(("base", "hydragen"), [(2, 8, 4), (3, 8, 4)], (8, 1, 128), 1, 9.0, 2)
+    section = Microbenchmark("attention", 1.0, grid, "cuda", "full")
+    assert section.complaint(section.read(tmp_path)) == "1 of 1 sizes were not timed"
+    assert section.summary({}) == "0 of 2 sizes"
+    for mode, times in (("base", (4.0, 4.0)), ("hydragen", (1.0, 2.0))):
+        result = row_result(mode, times)
+        FILES.write(tmp_path, replace(result, row=replace(result.row, **asdict(grid.sizes[0]))))
+    numbers = json.loads(json.dumps(section.read(tmp_path)))
+    assert section.complaint(numbers) is None
+    assert section.summary(numbers) == "1 of 2 sizes\nhydragen is 3.00 to 3.00 times as fast as base"
+    assert [row["vs_base"]["value"] for row in numbers["rows"]] == [1.0, 3.0]
+    failed = replace(row_result("base", (), status=Status.OUT_OF_MEMORY), message="no room")
+    FILES.write(tmp_path, failed)
+    assert "no room" in section.complaint(section.read(tmp_path))
+    FILES.write(tmp_path, replace(failed, status=Status.DOES_NOT_FIT))
+    assert section.complaint(section.read(tmp_path)) is None, "what does not fit is no fault"
+
+
 def test_a_sweep_is_complete_or_says_what_is_missing():
-    section = Throughput("sweep", Grid("tiny", ("noattention", "hydragen"), (1, 2), (8,), (4,)), "cuda", "full")
+    section = Throughput("sweep", 1.0, Grid("tiny", ("noattention", "hydragen"), (1, 2), (8,), (4,)), "cuda", "full")
 
     def cell(mode, batch_size, status="ok", message=""):
         where = {"mode": mode, "batch_size": batch_size, "num_shared": 8, "num_unique": 4}
@@ -212,9 +236,21 @@ def test_a_sweep_is_complete_or_says_what_is_missing():
 def test_the_full_check_is_what_it_says():
     """Nothing here runs it."""
     sections = make_sections("cuda", tiny=False)
-    assert [section.name for section in sections] == ["tests", "machine", "ranks", "sweep-125m", "sweep-8b"]
+    assert [section.name for section in sections] == [
+        "tests", "machine", "ranks", "attention", "operations", "crossover",
+        "sweep-125m", "graphs-125m", "sweep-8b", "graphs-8b",
+    ]  # fmt: skip
     assert Machine("cuda", "full").summary({}) == ""
     for section in sections[1:]:
         command = section.command(Path("folder"))
         assert command[-4:] == [section.name, "folder", "cuda", "full"]
-    assert sum(len(g.cells(mode)) for g in SIZES["full"].sweeps.values() for mode in g.modes) == 5 * 12 + 4 * 2
+    full = SIZES["full"]
+    assert sum(len(g.cells(mode)) for g in full.sweeps.values() for mode in g.modes) == (5 + 4) * 4 + 2 * 4 * 2
+    seed = {(b, s, u) for b, s in ((512, 1024), (1024, 2048), (2048, 4096), (4096, 8192)) for u in range(0, 513, 16)}
+    sizes = full.micro["attention"].sizes
+    assert len(sizes) == len(seed) and {(x.batch_size, x.num_shared, x.num_unique) for x in sizes} == seed
+    assert {x.num_unique for x in sizes[: full.micro["attention"].num_needed]} == {0, 128, 256, 384, 512}
+    # What each may take at the default of nine minutes: the timed part of it is less.
+    for section in sections:
+        assert section.name not in full.micro or full.micro[section.name].seconds < section.weight
+    assert sum(section.weight for section in sections) < 9.5 * 60
