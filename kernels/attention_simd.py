@@ -11,7 +11,8 @@ import torch
 
 from kernels import simd
 from kernels.attention_simd_kernel import Task, compiled
-from kernels.merge import merge_states
+from kernels.backend import Backend
+from kernels.merge import merge_stacked
 from kernels.segment import Segment
 from kernels.simd import Target
 
@@ -21,9 +22,11 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_ROWS = 96
 # Up to so many rows, the memory's speed decides and the next block is asked for ahead of time.
 _MEMORY_BOUND_ROWS = 24
-# Keys are split between threads when rows and heads are too few, into parts of at least so many.
+# Keys are split between threads when rows and heads are too few, into parts of at least so many, for merging parts takes
+# as long as reading thousands of keys. Unless the tasks, most work first to whoever is free, end at nearly the same time.
 _MIN_PART_KEYS = 512
 _TASKS_PER_THREAD = 4
+_EVEN = 1.2  # of the time that threads would take if they ended together
 
 _LOG2_E = math.log2(math.e)
 
@@ -51,22 +54,21 @@ class SimdPlan:
         if merges:
             out, lse = state
         else:
-            parts = () if table.num_parts == 1 else (table.num_parts,)
-            out = torch.empty(*parts, T, Hq, D, dtype=torch.float32)
-            lse = torch.empty(*parts, T, Hq, dtype=torch.float32)
+            before = 0 if state is None else 1
+            outs = torch.empty(before + table.num_parts, T, Hq, D, dtype=torch.float32)
+            lses = torch.empty(before + table.num_parts, T, Hq, dtype=torch.float32)
+            out, lse = outs[before:], lses[before:]
         (k_stride, k_head_stride, _), (v_stride, v_head_stride, _) = k_SHD.stride(), v_SHD.stride()
         compiled(self.target, q_THD.dtype, D, table.tile_rows, table.num_tiles, table.max_rows).launch(
             *(table.num_tasks, table.tasks_address, q_THD, k_SHD, v_SHD, out, lse, int(merges)),
             *(q_THD.stride(0), k_stride, v_stride, k_head_stride, v_head_stride, Hq // Hkv, Hq),
             *(len(self.segments), scale * _LOG2_E),
         )
-        if table.num_parts == 1:
-            return (out, lse) if merges or state is None else merge_states(*state, out, lse)
-        states = zip(out, lse, strict=True)
-        state = next(states) if state is None else state
-        for part in states:
-            state = merge_states(*state, *part)
-        return state
+        if merges:
+            return state
+        if state is not None:
+            outs[0], lses[0] = state
+        return merge_stacked(outs, lses, Backend.SIMD) if len(outs) > 1 else (outs[0], lses[0])
 
     def _table(self, num_kv_heads: int, group: int) -> "_Table":
         key = (num_kv_heads, group, torch.get_num_threads())
@@ -91,8 +93,9 @@ class _Table:
         num_queries = np.minimum(queries_per_task, q_lens[row] - first)
         query = q_offsets[row] + first
 
-        num_keys = sum(segment.k_lens for segment in segments)
-        self.num_parts = _num_parts(len(row) * num_kv_heads, int(num_keys[row].max(initial=0)), num_threads)
+        num_keys = sum(segment.k_lens for segment in segments)[row]
+        work = np.tile(num_keys * (num_queries * group + _MEMORY_BOUND_ROWS), num_kv_heads)
+        self.num_parts = _num_parts(work, int(num_keys.max(initial=0)), num_threads)
         part = np.arange(self.num_parts)[:, None, None]
         tasks = np.empty((self.num_parts, num_kv_heads, len(row), len(segments), Task.COUNT), dtype=np.int64)
         tasks[..., Task.QUERY] = query[:, None]
@@ -133,7 +136,18 @@ def _tile_rows(num_rows: int) -> int:
     return min(num_rows, min((6, 5, 4), key=lambda rows: -num_rows % rows))
 
 
-def _num_parts(num_tasks: int, num_keys: int, num_threads: int) -> int:
-    """Into how many parts the keys are split so that all threads have work."""
-    wanted = -(-_TASKS_PER_THREAD * num_threads // max(1, num_tasks)) if num_threads > 1 else 1
+def _num_parts(work: np.ndarray, num_keys: int, num_threads: int) -> int:
+    """Into how many parts the keys of tasks are split so that all threads have work; ``work`` is that of each task."""
+    if _ends_evenly(work, num_threads):
+        return 1
+    wanted = -(-_TASKS_PER_THREAD * num_threads // max(1, len(work)))
     return max(1, min(wanted, num_keys // _MIN_PART_KEYS))
+
+
+def _ends_evenly(work: np.ndarray, num_threads: int) -> bool:
+    if num_threads == 1 or len(work) >= _TASKS_PER_THREAD * num_threads:
+        return True
+    busy = [0] * num_threads
+    for task in sorted(work.tolist(), reverse=True):
+        busy[busy.index(min(busy))] += task
+    return max(busy) * num_threads <= _EVEN * sum(busy)

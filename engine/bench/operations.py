@@ -21,7 +21,8 @@ from engine.bench.micro_results import Sizes
 from engine.bench.streamed_buffer import StreamedBuffer
 from engine.distributed import TPGroup
 from engine.sampling import greedy
-from kernels import AttentionPlan, Backend, Segment, available_backends, available_operations_backends, merge_states
+from kernels import AttentionPlan, Backend, Segment, available_backends, available_operations_backends
+from kernels.merge import merge_stacked
 from kernels.norm import add_rms_norm_
 from kernels.rotary import rotate_into_cache_
 from kernels.swiglu import swiglu
@@ -202,9 +203,14 @@ def _one_segment(name: str, part: str, needs: str) -> Operation:
 
 
 def _make_merge(workload: DecodeWorkload, backend: Backend | None) -> Call:
-    shape = tuple(workload.q_BHD.shape)
-    states = [workload.random(*size, dtype=torch.float32) for size in (shape, shape[:2]) * 2]
-    return Call(partial(merge_states, *states))
+    outs, lses = (workload.random(2, *shape, dtype=torch.float32) for shape in _state_shapes(workload.sizes))
+    return Call(partial(merge_stacked, outs, lses, backend))
+
+
+def _state_shapes(sizes: Sizes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of an output and its log-sum-exp."""
+    rows = (sizes.batch_size, sizes.num_heads)
+    return (*rows, sizes.head_dim), rows
 
 
 def _merge_work(sizes: Sizes, dtype: torch.dtype) -> Work:
@@ -288,7 +294,7 @@ _ROW = {"is_row_operation": True, "backends": _all_that_run_rows}
 PARTS = (
     _one_segment("attention_shared", "shared", needs="num_shared"),
     _one_segment("attention_own", "own", needs="unique_seq_len"),
-    Operation("merge_states", _make_merge, _merge_work, needs=("num_shared", "unique_seq_len")),
+    Operation("merge", _make_merge, _merge_work, _all_that_run_rows, needs=("num_shared", "unique_seq_len")),
 )
 
 ROW_OPERATIONS = (

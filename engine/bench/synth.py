@@ -162,7 +162,7 @@ def _check_execution(
         return
     for name, value in describe_execution(sweep.execution, torch.device(device), dtype).items():
         found = result.environment.get(name)
-        if found != value:
+        if found is not None and found != value:
             raise InputError(
                 f"{sweep.outdir} holds results of {mode} with {name} {found}; this sweep has {value}; use another "
                 "OUTDIR"

@@ -91,7 +91,9 @@ def config():
 
 
 def contents(cache, config):
-    return [[arena.clone() for arena in cache.layer(index)] for index in range(config.num_layers)]
+    """Each layer's keys and values, without the scratch slot behind them."""
+    layers = [cache.layer(index) for index in range(config.num_layers)]
+    return [[arena[:-1] for arena in layer] for layer in layers]
 
 
 def filled(config, num_slots):
@@ -99,7 +101,7 @@ def filled(config, num_slots):
     generator = torch.Generator().manual_seed(0)
     for index in range(config.num_layers):
         for arena in cache.layer(index):
-            arena.copy_(torch.randn(num_slots, 2, config.head_dim, generator=generator))
+            arena[:num_slots] = torch.randn(num_slots, 2, config.head_dim, generator=generator)
     return cache
 
 
@@ -128,6 +130,13 @@ def test_slots_are_finite_before_they_are_written(config):
     assert KVCache.bytes_per_slot(config, 2, torch.bfloat16) * 5 == sum(
         arena.nbytes for layer in contents(cache, config) for arena in layer
     )
+
+
+def test_the_scratch_slot_is_behind_all_others(config):
+    cache = filled(config, 4)
+    for num_slots in (4, 9, 3):
+        cache.resize(num_slots)
+        assert cache.scratch_slot == num_slots == len(cache.layer(0)[0]) - 1
 
 
 def test_growing_keeps_what_there_is(config):

@@ -164,7 +164,7 @@ def test_nodes_that_are_handed_over_are_the_callers():
 def test_what_may_hold_nan_is_zeroed_when_it_is_given_back(failed):
     room, arena, tree = make_room([[1, 1, 1, 1, i] for i in range(2, 5)], 4 + 9)
     room.admit(5, "it")
-    keys, values = arena.cache.layer(0)
+    keys, values = (x[: arena.capacity] for x in arena.cache.layer(0))
     keys[:], values[:] = float("nan"), float("nan")
     if failed:
         room.expect_nan()

@@ -83,6 +83,15 @@ def test_keys_split_between_threads(num_keys, num_threads):
     assert_state(*state, *expected_state(q, k, v, segment, 0.25), torch.float32)
 
 
+def test_tasks_that_end_at_the_same_time_are_not_split():
+    def parts(k_lens, num_kv_heads, num_threads):
+        segment, _ = make_segment([1] * len(k_lens), k_lens, False)
+        return _Table([segment], num_kv_heads, 3, num_threads).num_parts
+
+    assert parts([5000, 5000], 1, 2) == parts([5000], 4, 2) == parts([5000, 4000, 900], 1, 2) == 1
+    assert parts([5000], 3, 2) > 1 and parts([5000, 40], 1, 2) > 1 and parts([5000], 1, 2) > 1
+
+
 @pytest.fixture
 def four_threads():
     before = torch.get_num_threads()

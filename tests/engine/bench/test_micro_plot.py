@@ -65,6 +65,20 @@ def test_another_mode_has_a_line_and_speedups_of_its_own(figures):
     assert curves(figures[0].axes[0])["auto"] == ([16], [4])
 
 
+def test_against_the_shared_keys_where_the_unique_ones_do_not_vary(figures):
+    results = [
+        row_result(mode, (ms,) * 3, batch_size=batch_size, num_shared=shared)
+        for batch_size in (1, 2)
+        for shared in (16, 256)
+        for mode, ms in (("base", 8.0), ("hydragen", 2.0))
+    ]
+    draw_micro(build_micro_rows(results))
+    first, second, speedups = [axes for axes in figures[0].axes if axes.axison]
+    assert (first.get_title("left"), first.get_xlabel()) == ("batch 1, unique 64", "shared keys")
+    assert curves(first) == {"base": ([16, 256], [8, 8]), "hydragen": ([16, 256], [2, 2])}
+    assert curves(speedups) == {"2 × 64": ([16, 256], [4, 4]), "1 × 64": ([16, 256], [4, 4])}
+
+
 def test_without_a_baseline_there_are_times_alone(figures):
     draw_micro(build_micro_rows([row for row in GRID if row.row.mode == "hydragen"]))
     assert len([axes for axes in figures[0].axes if axes.axison]) == 2

@@ -107,7 +107,7 @@ PARTS = [
     operation("attention_shared", 2.0, backend="simd", backends=("simd",)),
     operation("attention_own", 1.0, backend="simd", backends=("simd",)),
     operation("attention_own", 3.0, backend="aten", backends=("aten",)),
-    operation("merge_states", 0.5),
+    operation("merge", 0.5),
 ]
 
 
@@ -145,7 +145,7 @@ class TestParts:
     def test_one_that_does_not_has_three(self):
         found, what = hydragen_over_parts([operation("hydragen", 7.0, backends=("simd", "aten")), *PARTS])
         assert found.value == pytest.approx(2)
-        assert what == "attention_shared simd + attention_own simd + merge_states"
+        assert what == "attention_shared simd + attention_own simd + merge"
 
     def test_nothing_to_say_without_all_of_them(self):
         whole = operation("hydragen", 3.0, backends=("simd", "simd"))
@@ -191,7 +191,7 @@ class TestTable:
                       operation("memory_read", 30.0)])  # fmt: skip
         assert text.splitlines()[0].startswith("Operations of a decode step, bfloat16 on a CPU")
         order = [line.split()[-8 if "base" in line else 0] for line in text.splitlines() if "attention_" in line]
-        assert len(order) == 5  # four rows, and the sum
+        assert len(order) == 7  # four rows, the sum, and a line for each of the two with its backends
         assert "(hidden size 1024, MLP 2816):" in text
         expected = "hydragen takes 1.10 (spread -) times as long as the best calls of its parts: attention_shared simd"
         assert expected in text

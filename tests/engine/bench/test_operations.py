@@ -133,8 +133,8 @@ def test_the_parts_make_up_the_whole():
 @pytest.mark.parametrize(
     ("changes", "missing"),
     [
-        ({"num_shared": 0}, {"attention_shared", "merge_states"}),
-        ({"num_unique": 0, "unique_seq_len": 0}, {"attention_own", "merge_states", "rotary_into_cache"}),
+        ({"num_shared": 0}, {"attention_shared", "merge"}),
+        ({"num_unique": 0, "unique_seq_len": 0}, {"attention_own", "merge", "rotary_into_cache"}),
         ({}, set()),
     ],
 )
