@@ -22,8 +22,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_ROWS = 96
 # Up to so many rows, the memory's speed decides and the next block is asked for ahead of time.
 _MEMORY_BOUND_ROWS = 24
-# Keys are split between threads when rows and heads are too few, into parts of at least so many, for merging parts takes
-# as long as reading thousands of keys. Unless the tasks, most work first to whoever is free, end at nearly the same time.
+# Keys are split between threads when rows and heads are too few, into parts of at least so many, as parts have to be
+# merged; unless the tasks, most work first to whoever is free, end at nearly the same time.
 _MIN_PART_KEYS = 512
 _TASKS_PER_THREAD = 4
 _EVEN = 1.2  # of the time that threads would take if they ended together

@@ -56,8 +56,8 @@ class _Axis:
 
 
 def draw_micro(rows: Sequence[MicroRow]) -> bytes:
-    """The plot as a PNG. For each setting, heads and backend: a panel of times for each batch size and shared length (or
-    unique one), and one of speed-ups for each mode that has any. All ``rows`` have times."""
+    """The plot as a PNG. For each setting, heads and backend: a panel of times for each batch size and shared length
+    (or unique one), and one of speed-ups for each mode that has any. All ``rows`` have times."""
     groups = [list(group) for _, group in groupby(sorted(rows, key=_group_key), key=_group_key)]
     num_rows = [-(-_num_panels(group) // _COLUMNS) for group in groups]
     width, height = _PANEL_SIZE

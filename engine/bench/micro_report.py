@@ -235,7 +235,7 @@ def _print_comparisons(rows: Sequence[MicroRow], console: "Console") -> None:
 def micro_findings(rows: Sequence[MicroRow]) -> list[str]:
     """What the rows of one setting say, in words."""
     operations, modes = ([row for row in rows if _is_operation(row.result) == kind] for kind in (True, False))
-    found = [f"{sizes.words}: {line}" for sizes, of_size in _by_sizes(operations) for line in _about_operations(of_size)]
+    found = [f"{sizes.words}: {line}" for sizes, same in _by_sizes(operations) for line in _about_operations(same)]
     ratios = sorted(row.vs_base.value for row in modes if row.vs_base and row.result.row.mode == "hydragen")
     if ratios:
         found.append(f"hydragen is {ratios[0]:.2f} to {ratios[-1]:.2f} times as fast as base")

@@ -93,7 +93,7 @@ def config():
 def contents(cache, config):
     """Each layer's keys and values, without the scratch slot behind them."""
     layers = [cache.layer(index) for index in range(config.num_layers)]
-    return [[arena[:-1] for arena in layer] for layer in layers]
+    return [[arena[:-1].clone() for arena in layer] for layer in layers]
 
 
 def filled(config, num_slots):

@@ -51,7 +51,7 @@ def test_what_cannot_be_used_is_named_and_measured_again(start, tmp_path):
     (folder / "b1_s6_u2.yaml").write_bytes(b"\x89PNG\r\n\x1a\n\x00\xff")
     edit(folder / "b1_s7_u2.yaml", decode_ms=[10**400])
     problems = {
-        1: "has schema version 0, this program reads 1; delete it and run the cell again",
+        1: "has schema version 0, this program reads 2; delete it and run the cell again",
         2: "",  # where it was cut decides what is said
         3: "not a result file of a sweep",
         4: "not YAML",
