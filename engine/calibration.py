@@ -78,6 +78,11 @@ class Setting:
         )
 
     @property
+    def is_current(self) -> bool:
+        """Whether libraries and kernels are those of this process; other measurements are never read again."""
+        return (self.versions, self.kernels) == (_versions(), _hash_of_kernels())
+
+    @property
     def path(self) -> Path:
         """The file that keeps the measurement."""
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
@@ -134,6 +139,7 @@ def measure(setting: Setting, device: torch.device, dtype: torch.dtype) -> Calib
 
     The more queries, the shorter the node from which on it pays; so each number begins where the one before ended.
     """
+    assert device.type != "cuda" or not torch.cuda.is_current_stream_capturing(), "a capture records, it does not run"
     work = _Work(setting, device, dtype)
     trials: list[Trial] = []
     least: list[int | None] = []

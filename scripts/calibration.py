@@ -21,7 +21,7 @@ def calibration(
 
     A row is a measurement, of one device, dtype and head shape of a rank, and a column a number of sequences. A shorter
     prefix is read by each sequence for itself. A measurement is made when auto first needs it, in seconds, and holds
-    until libraries or kernels change. It is kept in $TRIBUTARY_CACHE, or tributary below $XDG_CACHE_HOME or ~/.cache.
+    until libraries or kernels change: then it is old, and another takes its place. It is kept in $TRIBUTARY_CACHE, or tributary below $XDG_CACHE_HOME or ~/.cache.
 
     \b
     Examples:
@@ -46,7 +46,8 @@ def calibration(
         threads = f", {setting.num_threads} threads" if setting.num_threads else ""
         heads = f"{setting.num_heads}/{setting.num_kv_heads} of {setting.head_dim}"
         lengths = ("never" if length is None else str(length) for length in measured.crossover.lengths)
-        table.add_row(setting.device + threads, setting.dtype, heads, setting.backend or "best", *lengths)
+        old = "" if setting.is_current else " (old)"
+        table.add_row(setting.device + threads + old, setting.dtype, heads, setting.backend or "best", *lengths)
     if table.row_count:
         console.print(table)
     else:

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -158,8 +159,11 @@ def test_the_command_shows_and_deletes(cache):
     find_crossover(GROUP, setting(), torch.float32)
     write(Calibration(setting(backend=Backend.ATEN), Crossover((2, 4), (None, 32)), ()))
     (cache / "crossover-0.json").write_text(json.dumps({"schema_version": 1}))
+    old = replace(setting(backend=Backend.REFERENCE), kernels="others")
+    write(Calibration(old, Crossover((2, 4), (16, 16)), ()))
     shown = command().stdout
+    assert [" (old)" in line for line in shown.splitlines() if "2/1 of 8" in line].count(True) == 1
     assert "2/1 of 8" in shown and "never" in shown and "aten" in shown and "best" in shown
     assert f"{cache / 'crossover-0.json'} is damaged or of another version; it is not used" in shown
-    assert f"deleted 3 file(s) in {cache}" in command("--delete").stdout
+    assert f"deleted 4 file(s) in {cache}" in command("--delete").stdout
     assert list(cache.iterdir()) == []
