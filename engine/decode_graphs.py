@@ -135,4 +135,5 @@ class DecodeGraphs:
         memory = (self._model.rotary_table, None if cache is None else cache.placement)
         if not all(now is then for now, then in zip_longest(memory, self._memory)):
             self._graphs.clear()
+            self._pool = None  # it goes with its graphs
             self._memory = memory

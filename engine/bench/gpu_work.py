@@ -26,6 +26,7 @@ from engine.engine import Engine
 from engine.files import write_whole
 from engine.loader import load_model
 from engine.sampling import SamplingParams
+from kernels import Backend
 
 RESULTS = "results.json"
 _GRAPHS = Execution(attention_backend="triton", operations_backend="triton", cuda_graphs=True)
@@ -56,6 +57,7 @@ class MicroGrid:
     num_needed: int  # of the sizes, the first ones
     seconds: float
     num_iters: int
+    backend: Backend | None = None  # of attention; None: the best there is
 
     @classmethod
     def of(
@@ -66,10 +68,11 @@ class MicroGrid:
         num_needed: int,
         seconds: float,
         num_iters: int,
+        backend: Backend | None = None,
     ) -> "MicroGrid":
         """``lengths`` are batch sizes, shared and unique keys; ``heads`` query and KV heads and their dimension."""
         sizes = tuple(Sizes(b, s, u, u, *heads) for b, s, u in lengths)
-        return cls(modes, sizes, num_needed, seconds, num_iters)
+        return cls(modes, sizes, num_needed, seconds, num_iters, backend)
 
 
 # Of the Hydragen paper's figures 5 and 8: batch sizes and shared keys.
@@ -114,6 +117,7 @@ SIZES = {
                 num_needed=25,
                 seconds=40,
                 num_iters=30,
+                backend=Backend.TRITON,  # which takes keys that are not shared in the same launch
             ),
         },
         sweeps={
@@ -173,7 +177,7 @@ def sweep(folder: Path, group: TPGroup, size: Size, grid: Grid) -> None:
 def time_attention(folder: Path, group: TPGroup, grid: MicroGrid) -> None:
     """The microbenchmark; each size's rows are files as soon as they are done."""
     sweep = MicroSweep(
-        folder, grid.modes, grid.sizes, getattr(torch, _DTYPE), num_iters=grid.num_iters, num_warmup=3,
+        folder, grid.modes, grid.sizes, getattr(torch, _DTYPE), grid.backend, num_iters=grid.num_iters, num_warmup=3,
         seconds=grid.seconds,
     )  # fmt: skip
     run_microbenchmark(sweep, group, make_console())

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import AttentionPlan, Segment, attention_cuda, reference
+from kernels import AttentionPlan, Backend, Segment, attention_cuda, reference
 from kernels.attention_cuda import CudaSegment
 
 CPU = torch.device("cpu")
@@ -102,8 +102,9 @@ def test_queries_that_no_row_covers_are_refused(stand_in):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", [Backend.ATEN, Backend.TRITON], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
-def test_rows_beyond_32_bits(causal):
+def test_rows_beyond_32_bits(causal, backend):
     """Keys whose offset in the arena, in elements, passes 2^31 for the last head, and 2^32 in bytes for the first."""
     Hkv, D, dtype = 2, 128, torch.bfloat16
     num_slots = 2**32 // (2 * D) + 4096
@@ -119,7 +120,7 @@ def test_rows_beyond_32_bits(causal):
     for arena, values in zip(arenas, small, strict=True):
         arena.index_copy_(0, torch.from_numpy(slots).cuda(), values.cuda())  # as the cache is written
     q = torch.randn(6, 4, D, generator=generator).to(dtype)
-    plan = AttentionPlan.of([Segment(q_offsets, starts, lens, causal)], torch.device("cuda"), dtype)
+    plan = AttentionPlan.of([Segment(q_offsets, starts, lens, causal)], torch.device("cuda"), dtype, backend)
     out, lse = plan.run_state(q.cuda(), *arenas, D**-0.5)
     near = Segment(q_offsets, np.array([0, 600, 607]), lens, causal)
     expected_out, expected_lse = reference.segment_attention(
