@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -25,6 +24,7 @@ from engine.cpu import read_cpu
 from engine.cuda_graphs import capture
 from engine.distributed import TPGroup
 from engine.files import write_whole
+from engine.installed import installed_versions
 from engine.kv_cache import make_arena
 from engine.prefix_tree import PrefixTree
 from kernels import AttentionPlan, Backend
@@ -73,14 +73,14 @@ class Setting:
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             backend=None if backend is None else str(backend),
-            versions=_versions(),
+            versions=installed_versions(_LIBRARIES),
             kernels=_hash_of_kernels(),
         )
 
     @property
     def is_current(self) -> bool:
         """Whether libraries and kernels are those of this process; other measurements are never read again."""
-        return (self.versions, self.kernels) == (_versions(), _hash_of_kernels())
+        return (self.versions, self.kernels) == (installed_versions(_LIBRARIES), _hash_of_kernels())
 
     @property
     def path(self) -> Path:
@@ -237,17 +237,6 @@ def _checked(crossover: Crossover) -> Crossover:
 def kept() -> list[tuple[Path, Calibration | None]]:
     """Every file of the cache directory and what it holds, None for one that cannot be used."""
     return [(path, read(path)) for path in sorted(cache_directory().glob("crossover-*.json"))]
-
-
-@cache
-def _versions() -> dict[str, str]:
-    installed = {}
-    for name in _LIBRARIES:
-        try:
-            installed[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return installed
 
 
 @cache

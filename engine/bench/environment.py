@@ -4,12 +4,12 @@ import os
 import platform
 import subprocess
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from engine.cpu import read_cpu
+from engine.installed import installed_versions
 from kernels import available_backends, available_operations_backends
 
 
@@ -59,7 +59,8 @@ def describe_environment(
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
-        "versions": _installed_versions(),
+        # torch with its build, such as "+cpu", which metadata may lack
+        "versions": installed_versions(_DISTRIBUTIONS) | {"torch": str(torch.__version__)},
         "git_revision": _git_revision(),
     }
     if device.type == "cuda":
@@ -67,18 +68,6 @@ def describe_environment(
         environment["device_memory_bytes"] = properties.total_memory
         environment["compute_capability"] = f"{properties.major}.{properties.minor}"
     return environment
-
-
-def _installed_versions() -> dict[str, str]:
-    # From package metadata: importing vLLM or transformers to ask would take seconds.
-    versions = {}
-    for name in _DISTRIBUTIONS:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    versions["torch"] = str(torch.__version__)  # with its build, such as "+cpu", which metadata may lack
-    return versions
 
 
 def _git_revision() -> str | None:

@@ -2,7 +2,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from matplotlib.figure import Figure  # noqa: E402
+from drawn import keep_figures  # noqa: E402
 from rows import row_result  # noqa: E402
 
 from engine.bench import micro_plot  # noqa: E402
@@ -12,16 +12,7 @@ from engine.bench.micro_report import build_micro_rows, plot_micro  # noqa: E402
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that were drawn, to be looked into."""
-    drawn = []
-
-    class Kept(Figure):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            drawn.append(self)
-
-    monkeypatch.setattr(micro_plot, "Figure", Kept)
-    return drawn
+    return keep_figures(monkeypatch, micro_plot)
 
 
 def curves(axes):

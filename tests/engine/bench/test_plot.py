@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from matplotlib.figure import Figure  # noqa: E402
+from drawn import keep_figures  # noqa: E402
 from sweeps import result  # noqa: E402
 
 from engine.bench import plot as plot_module  # noqa: E402
@@ -15,16 +15,7 @@ from engine.bench.results import Status  # noqa: E402
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that were drawn, to be looked into."""
-    drawn = []
-
-    class Kept(Figure):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            drawn.append(self)
-
-    monkeypatch.setattr(plot_module, "Figure", Kept)
-    return drawn
+    return keep_figures(monkeypatch, plot_module)
 
 
 def bold(axes):
