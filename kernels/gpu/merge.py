@@ -52,8 +52,8 @@ def merge_stacked(
     outs_PTHD: torch.Tensor, lses_PTH: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The state over the union of the states' keys, which are disjoint: ``out (T, H, D)`` in ``dtype``, rounded once
-    from float32, and ``lse (T, H)``. Both inputs are contiguous, ``lses`` in float32. What ``outs`` holds where a state is
-    empty does not matter."""
+    from float32, and ``lse (T, H)``. Both inputs are contiguous, ``lses`` in float32. What ``outs`` holds where a state
+    is empty does not matter."""
     P, T, H, D = outs_PTHD.shape
     out, lse = outs_PTHD.new_empty(T, H, D, dtype=dtype), lses_PTH.new_empty(T, H)
     with on_device(outs_PTHD):
