@@ -43,7 +43,8 @@ def calibration(
             console.print(f"{path} is damaged or of another version; it is not used")
             continue
         setting = measured.setting
-        threads = f", {setting.num_threads} threads" if setting.num_threads else ""
+        count = setting.num_threads
+        threads = f", {count} thread{'s' * (count > 1)}" if count else ""
         heads = f"{setting.num_heads}/{setting.num_kv_heads} of {setting.head_dim}"
         lengths = ("never" if length is None else str(length) for length in measured.crossover.lengths)
         old = "" if setting.is_current else " (old)"

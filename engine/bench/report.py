@@ -168,6 +168,7 @@ def _print_comparison(title: str, rows: list[Row], console: "Console") -> None:
         "spread": [format_number(row.spread, ".1%") + (" !" if row.result.high_spread else "") for row in rows],
         "prefill\nms": [format_number(row.prefill_ms, ",.1f") for row in rows],
         "roof-\nline": [format_number(row.result.roofline_fraction, ".0%") for row in rows],
+        "choice": [row.result.choice or MISSING for row in rows],
     }
     columns = {heading: values for heading, values in columns.items() if set(values) != {MISSING}}
     if len({_num_ranks(row.result) for row in rows if row.result.cell.mode not in HF_MODES}) <= 1:

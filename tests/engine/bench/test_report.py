@@ -138,6 +138,13 @@ def test_table_shows_no_column_without_values():
     assert "ranks tokens/s" in table(both)
 
 
+def test_table_has_what_auto_chose():
+    chosen = replace(result("auto"), choice="unshared")
+    lines = [line.split() for line in table(build_rows([chosen, result("hydragen")])).splitlines()]
+    assert any(line[-1:] == ["unshared"] and "auto" in line for line in lines)
+    assert "choice" not in table(build_rows([result("hydragen")]))
+
+
 def test_a_single_time_has_no_spread(tmp_path):
     once = replace(result("hydragen"), decode_ms=(420.0,))
     rows = build_rows([once, result("hydragen", batch_size=8)])
