@@ -25,6 +25,9 @@ _MIN_PART_KEYS = 256
 _PROGRAMS_PER_PROCESSOR = 2
 # Up to so many query rows a tile can hold another state beside its own, to merge them.
 _MAX_MERGING_ROWS = 16
+# So many planes at most: they are taken one after the other. A launch of their own takes many at once. Chosen, not
+# measured.
+_MAX_MERGED_PLANES = 8
 
 
 class Item(IntEnum):
@@ -153,7 +156,8 @@ def _choose_tiles(segments: Sequence[Segment], heads: HeadShape) -> list[Tile]:
 
 def _merging_kind(cuts: Sequence[_Cut], kinds: Sequence[tuple[Tile, bool]]) -> tuple[Tile, bool] | None:
     """The launch that can merge all others' planes as it ends: one of small tiles, with one state for each query."""
-    for kind in kinds if len(kinds) > 1 else ():
+    num_planes = sum(cut.num_parts for cut in cuts)
+    for kind in kinds if 1 < len(kinds) and num_planes <= 1 + _MAX_MERGED_PLANES else ():
         members = [cut for cut in cuts if (cut.tile, cut.causal) == kind]
         if kind[0].rows <= _MAX_MERGING_ROWS and len(members) == 1 and members[0].num_parts == 1:
             return kind

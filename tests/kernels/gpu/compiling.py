@@ -158,11 +158,11 @@ def _attention_launches(
 
 
 def merge_launches() -> Iterator[Launch]:
-    for dtype, D in ((torch.bfloat16, 128), (torch.float16, 80), (torch.float32, 256)):
+    for dtype, D, P in ((torch.bfloat16, 128, 264), (torch.float16, 80, 3), (torch.float32, 256, 2)):
         with recorded(merge, "_merge") as seen:
-            merge.merge_stacked(torch.empty(3, 64, 12, D), torch.empty(3, 64, 12), dtype)
+            merge.merge_stacked(torch.empty(P, 64, 12, D), torch.empty(P, 64, 12), dtype)
         ((arguments, keywords),) = seen
-        yield Launch.of(f"{dtype}, heads of {D}", merge._merge, arguments, keywords)
+        yield Launch.of(f"{dtype}, {P} states, heads of {D}", merge._merge, arguments, keywords)
 
 
 def norm_launches() -> Iterator[Launch]:

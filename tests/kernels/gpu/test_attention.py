@@ -243,6 +243,14 @@ class TestADecodeStep:
         assert out[:6].isnan().all() and lse[:6].isnan().all()
         assert out[6:].isfinite().all() and lse[6:].isfinite().all()
 
+    def test_many_planes_are_merged_by_a_launch_of_their_own(self):
+        segments, arena = decode_segments(12, 2700, [5] * 12)
+        layout, _ = layout_of(segments, (8, 1), 32, torch.float16)
+        assert layout.num_planes > 9 and layout.merges_last and not any(launch.merges for launch in layout.launches)
+        q, k, v = make_inputs(segments[0], arena, 8, 1, 32, torch.float16)
+        out, lse = TritonPlan(segments, DEVICE).run(*(x.to(DEVICE) for x in (q, k, v)), 0.2)
+        assert_state(out, lse, *expected_of(segments, q, k, v, 0.2), torch.float16)
+
     def test_keys_of_few_sequences_are_split_and_merged_at_the_end(self):
         segments, arena = decode_segments(2, 600, [520, 3])
         layout, _ = layout_of(segments, (2, 1))

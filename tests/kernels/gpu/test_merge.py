@@ -9,7 +9,7 @@ from kernels.gpu.merge import merge_stacked
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.parametrize("num_states", [1, 2, 3, 9])
+@pytest.mark.parametrize("num_states", [1, 2, 3, 9, 70])
 @pytest.mark.parametrize("head_dim", [16, 80, 96, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_is_the_reference_applied_again_and_again(num_states, head_dim, dtype):
