@@ -25,7 +25,7 @@ from engine.rope import rope_length
 from engine.sampling import SamplingParams
 from engine.shared_levels import SharedLevels, even_parents
 from engine.tokenizer import Tokenizer
-from kernels import check_backend, check_operations_backend
+from kernels import Backend, check_backend, check_operations_backend
 
 SHARED_CACHE_OPS = ("wipe", "preserve", "extend")
 
@@ -79,12 +79,12 @@ class Engine:
         operations_backend: str | None = None,
         cuda_graphs: bool = False,
     ):
-        weight = model.embedding.weight
+        weight, self._attention_backend, self._operations_backend = model.embedding.weight, None, None
         try:
             if attention_backend is not None:
-                model.attention_backend = check_backend(attention_backend, weight.device, weight.dtype)
+                self._attention_backend = check_backend(attention_backend, weight.device, weight.dtype)
             if operations_backend is not None:
-                model.operations_backend = check_operations_backend(operations_backend, weight.device, weight.dtype)
+                self._operations_backend = check_operations_backend(operations_backend, weight.device, weight.dtype)
         except ValueError as error:
             raise InputError(str(error)) from None
         if max_batch_size < 1:
@@ -93,7 +93,7 @@ class Engine:
         self.max_batch_size = max_batch_size
         self._graphs: DecodeGraphs | None = None
         if cuda_graphs:
-            check_capturable(model.group, model.attention_backend)
+            check_capturable(model.group, self._attention_backend)
             self._graphs = DecodeGraphs(model)
         self._maker = RequestMaker(model.config, eos_token_ids, tokenizer)
         self.arena = Arena(model)
@@ -106,10 +106,13 @@ class Engine:
         """From which length on attention ``auto`` shares a node: measured here, in seconds, or before."""
         attention, dtype = self.model.layers[0].attention, self.model.embedding.weight.dtype
         group, shape = self.model.group, (attention.num_heads, attention.num_kv_heads, attention.head_dim)
-        setting = Setting.of(group.device, dtype, *shape, self.model.attention_backend)
+        backend = self._attention_backend if self._graphs is None else Backend.TRITON
+        setting = Setting.of(group.device, dtype, *shape, backend)
         return find_crossover(group, setting, dtype)
 
-    def _method(self, name: str) -> AttentionMethod:
+    def _begin(self, name: str) -> AttentionMethod:
+        """The method of a call, which the model is to run as this engine has it: others may use the same model."""
+        self.model.attention_backend, self.model.operations_backend = self._attention_backend, self._operations_backend
         method = get_method(name)
         return Auto(self.crossover) if isinstance(method, Auto) else method
 
@@ -144,7 +147,7 @@ class Engine:
         (dynamic, longrope), ``planned_length`` is what the sequences below will have; without it, what they have so
         far. Returns the logits after each entry's last token, ``(n, V)`` float32.
         """
-        method = self._method(attention)
+        method = self._begin(attention)
         self._shared.check(method)
         tree = self._shared.tree_of_next(prompts, parents)
         longest = max(self._maker.planned_lengths(tree, [0] * tree.num_sequences, planned_length))
@@ -211,7 +214,7 @@ class Engine:
 
         Raises InputError for prompts or options that cannot be used.
         """
-        method = self._method(attention)
+        method = self._begin(attention)
         if shared_cache_op not in SHARED_CACHE_OPS:
             accepted = ", ".join(SHARED_CACHE_OPS)
             raise InputError(f"shared_cache_op {shared_cache_op!r} is not known; accepted: {accepted}")

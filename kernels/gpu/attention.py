@@ -188,7 +188,7 @@ def _attend(
                 value = tl.load(rows + rest[None, :], mask=is_there & is_rest[None, :], other=0.0)
                 out_rest = out_rest * rescale[:, None] + value * weight[:, None]
 
-    is_empty = best == float("-inf")
+    is_empty = total == 0.0  # NaN is not: it shows in the total, which a maximum may have passed over
     safe_total = tl.where(is_empty, 1.0, total)
     lse = tl.where(is_empty, float("-inf"), (best + tl.log2(safe_total)) * _LOG_2)
     if not FINAL:

@@ -62,13 +62,23 @@ def check(hf, prompts, results):
 @pytest.mark.parametrize("backend", available_backends(torch.device("cpu"), torch.float32), ids=str)
 def test_every_backend_gives_the_same_logits(hf, method, backend):
     engine = our_engine(hf, attention_backend=backend)
-    assert engine.model.attention_backend == backend
     check(hf, WHOLE, engine.generate(LEVELS, GREEDY, attention=method, return_logits=True))
+    assert engine.model.attention_backend == backend
 
 
 def test_a_backend_that_is_not_known(hf):
     with pytest.raises(InputError, match="'flash' cannot run float32 on cpu; accepted: .*aten.*; use one of"):
         our_engine(hf, attention_backend="flash")
+
+
+def test_engines_of_one_model_have_backends_of_their_own(hf):
+    first = our_engine(hf, attention_backend="reference", operations_backend="aten")
+    second = Engine(first.model)
+    for engine, backends in ((second, (None, None)), (first, ("reference", "aten")), (second, (None, None))):
+        for run in (lambda: engine.generate(WHOLE, GREEDY), lambda: engine.append_shared([WHOLE[0]])):  # noqa: B023
+            run()
+            assert (engine.model.attention_backend, engine.model.operations_backend) == backends
+            engine.empty_shared()
 
 
 # --- operations backends ---
@@ -91,7 +101,6 @@ def test_every_operations_backend_gives_the_same_logits(hf, monkeypatch, backend
     for module in (logit_blocks, norm, rotary, swiglu):
         monkeypatch.setattr(module, "choose_backend", recording(module.__name__))
     engine = our_engine(hf, operations_backend=str(backend))
-    assert engine.model.operations_backend is backend
     check(hf, WHOLE, engine.generate(LEVELS, GREEDY, return_logits=True))
     assert tokens(engine.generate(WHOLE, drawn)) == expected
     engine.generate(WHOLE, drawn, attention="noattention")  # which rotates queries alone
