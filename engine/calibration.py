@@ -6,10 +6,11 @@ for one device, dtype and head shape of a rank, and for the libraries and kernel
 
 import hashlib
 import json
+import math
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -36,6 +37,8 @@ _OWN_KEYS = 64  # of each sequence beside the node's
 _ROUNDS = 200  # in which both ways take turns, or as many as fit in the time, but not fewer than these
 _MIN_ROUNDS = 3
 _SECONDS = 0.2  # of a trial
+_ATTEMPTS = 3  # rounds go on for as long again while both ways are nearer to each other than this
+_CLEAR = 1.1
 _CALLS_ON_GPU = 10
 _LIBRARIES = ("torch", "triton", "llvmlite", "tributary")
 
@@ -135,24 +138,47 @@ def _read_or_measure(setting: Setting, device: torch.device, dtype: torch.dtype)
 
 
 def measure(setting: Setting, device: torch.device, dtype: torch.dtype) -> Calibration:
-    """Tries nodes from long to short for each number of queries, until sharing does not pay.
+    """Looks, for each number of queries, for the length from which on sharing pays.
 
-    The more queries, the shorter the node from which on it pays; so each number begins where the one before ended.
+    The more queries, the shorter it is; so each search begins where the one before ended, and goes to longer nodes
+    until sharing pays, or to shorter ones as long as it does. Near that length both ways take about the same time, and a
+    trial may say either; so what has been found is evened out at the end.
     """
     assert device.type != "cuda" or not torch.cuda.is_current_stream_capturing(), "a capture records, it does not run"
     work = _Work(setting, device, dtype)
     trials: list[Trial] = []
-    least: list[int | None] = []
+
+    def pays(num_queries: int, place: int) -> bool:
+        trials.append(work.try_both(num_queries, LENGTHS[place]))
+        return trials[-1].shared_ms < trials[-1].alone_ms
+
+    places: list[int] = []  # of the least length that pays, one past the last where none does
+    place = len(LENGTHS) - 1
     for num_queries in NUM_QUERIES:
-        begin = LENGTHS[-1] if not least or least[-1] is None else least[-1]
-        found = None
-        for length in (length for length in reversed(LENGTHS) if length <= begin):
-            trials.append(work.try_both(num_queries, length))
-            if trials[-1].shared_ms >= trials[-1].alone_ms:
-                break
-            found = length
-        least.append(found)
-    return Calibration(setting, Crossover(NUM_QUERIES, tuple(least)), tuple(trials))
+        if pays(num_queries, place):
+            while place > 0 and pays(num_queries, place - 1):
+                place -= 1
+        else:
+            place += 1
+            while place < len(LENGTHS) and not pays(num_queries, place):
+                place += 1
+        places.append(place)
+        place = min(place, len(LENGTHS) - 1)
+    found = (None if place >= len(LENGTHS) else LENGTHS[place] for place in _evened_out(places))
+    return Calibration(setting, Crossover(NUM_QUERIES, tuple(found)), tuple(trials))
+
+
+def _evened_out(places: Sequence[int]) -> list[int]:
+    """The numbers that do not rise and are nearest to ``places``, by least squares, rounded up: neighbours that rise
+    are replaced by their mean (pool adjacent violators; Ayer et al., 1955)."""
+    pools: list[tuple[float, int]] = []  # (mean, how many)
+    for place in places:
+        pools.append((float(place), 1))
+        while len(pools) > 1 and pools[-1][0] > pools[-2][0]:
+            (mean, count), (before, count_before) = pools.pop(), pools.pop()
+            total = count + count_before
+            pools.append(((mean * count + before * count_before) / total, total))
+    return [math.ceil(mean - 1e-9) for mean, count in pools for _ in range(count)]
 
 
 class _Work:
@@ -171,10 +197,14 @@ class _Work:
         calls = [self._prepared(Auto(crossover), tree) for crossover in (ALWAYS, NEVER)]
         for call in calls:
             self._time(call)
-        times, began = [], time.perf_counter()
-        while len(times) < _MIN_ROUNDS or (len(times) < _ROUNDS and time.perf_counter() - began < _SECONDS):
-            times.append([self._time(call) for call in calls])
-        shared, alone = (min(own) * 1e3 for own in zip(*times, strict=True))
+        times: list[list[float]] = []
+        for _ in range(_ATTEMPTS):
+            began, least = time.perf_counter(), len(times) + _MIN_ROUNDS
+            while len(times) < least or (len(times) < _ROUNDS and time.perf_counter() - began < _SECONDS):
+                times.append([self._time(call) for call in calls])
+            shared, alone = (min(own) * 1e3 for own in zip(*times, strict=True))
+            if not 1 / _CLEAR < shared / alone < _CLEAR:
+                break
         return Trial(num_queries, length, shared, alone)
 
     def _prepared(self, method: Auto, tree: PrefixTree) -> Callable[[], object]:

@@ -48,7 +48,7 @@ class CudaSegment:
         if D % _HEAD_DIM_STEP or D > _MAX_HEAD_DIM:
             raise ValueError(
                 f"attention on CUDA in {q_THD.dtype}: the head dimension is {D}; accepted: multiples of "
-                f"{_HEAD_DIM_STEP} up to {_MAX_HEAD_DIM}; use float32, which has no such limit"
+                f"{_HEAD_DIM_STEP} up to {_MAX_HEAD_DIM}; use the reference backend, which has no such limit"
             )
         assert T == self.num_queries, f"{T} queries for a segment of {self.num_queries}: the rest would be left unset"
         Hkv = k_SHD.shape[1]

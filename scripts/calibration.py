@@ -21,7 +21,8 @@ def calibration(
 
     A row is a measurement, of one device, dtype and head shape of a rank, and a column a number of sequences. A shorter
     prefix is read by each sequence for itself. A measurement is made when auto first needs it, in seconds, and holds
-    until libraries or kernels change: then it is old, and another takes its place. It is kept in $TRIBUTARY_CACHE, or tributary below $XDG_CACHE_HOME or ~/.cache.
+    until libraries or kernels change: then it is old, and another takes its place. It is kept in $TRIBUTARY_CACHE, or
+    tributary below $XDG_CACHE_HOME or ~/.cache.
 
     \b
     Examples:

@@ -88,7 +88,8 @@ def microbenchmark(
 
     Mode operations times single operations of a decode step, with every backend that runs here: attention over the
     shared keys and over the own keys, the merge of two states, RMSNorm after a sum, the rotary embedding with the write
-    into the cache, SwiGLU and the greedy choice; beside them base and hydragen, and memory_read, which reads as many
+    into the cache, SwiGLU, and the passes over all logits of a greedy choice (block_maxima) and of a draw
+    (block_masses); beside them base and hydragen, and memory_read, which reads as many
     bytes as base keeps (1 GiB at most). All take turns. The hidden size is query heads x dim, the MLP's 8/3 of it
     rounded up to 256, the vocabulary 32000. It says how hydragen compares with the sum of its parts, and base with the
     memory's rate. The reference backend, which is there to be right, is left out.

@@ -21,8 +21,16 @@ def pytest_configure(config):
     torch.set_num_threads(1)  # two cores; every test's tensors are small
 
 
+# Tests of whatever device there is: with a GPU they are part of what only one can show.
+_WHERE_A_GPU_IS_USED = ("tests/kernels/gpu/", "tests/kernels/test_extremes.py")
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
+        for item in items:
+            if item.nodeid.startswith(_WHERE_A_GPU_IS_USED):
+                item.add_marker("gpu")
         return
     no_gpu = pytest.mark.skip(reason="needs a CUDA device, and this machine has none")
     for item in items:

@@ -37,8 +37,8 @@ _TAIL = 4000  # characters of a failed section's log that the report holds
 _EXCEPTION = re.compile(r"^(?:\[rank\d+\]: ?)?([\w.]*(?:Error|Exception): .+)$", re.MULTILINE)
 # Shares of the time, in seconds of the nine minutes that are there by default.
 _WEIGHTS = {
-    "attention": 95.0, "operations": 55.0, "crossover": 55.0,
-    "sweep-125m": 60.0, "graphs-125m": 45.0, "sweep-8b": 45.0, "graphs-8b": 45.0,
+    "attention": 80.0, "operations": 50.0, "crossover": 50.0,
+    "sweep-125m": 50.0, "graphs-125m": 35.0, "sweep-8b": 35.0, "graphs-8b": 35.0,
 }  # fmt: skip
 # Of the largest logit, between two ranks and one.
 _RANKS_TOLERANCE = {"float32": 2e-5, "bfloat16": 6e-2}
@@ -87,7 +87,7 @@ class Section(ABC):
 class GpuTests(Section):
     """The tests that are marked ``gpu``. ``paths`` are those to look in; ``required``: one has to run and pass."""
 
-    name, weight = "tests", 110.0
+    name, weight = "tests", 180.0
 
     def __init__(self, paths: Sequence[str], required: bool):
         self._paths, self._required = paths, required

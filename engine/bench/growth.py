@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from engine.attention import get_method
 from engine.bench.breakdown import Series
 from engine.bench.environment import describe_environment
 from engine.bench.measurement_file import check_new, round_all, round_off, write_measurement
@@ -206,7 +207,7 @@ class _Runner:
             [*([[0] * length] * size for length, size in zip(lens, sizes, strict=True)), [[0]] * work.batch],
             parents=parents,
         )
-        cost = decode_step_cost(plan.attention, tree, plan.num_unique / 2, self._config)
+        cost = decode_step_cost(get_method(plan.attention), tree, plan.num_unique / 2, self._config)
         point = Point(work, num_bytes=cost.bytes, num_flops=cost.flops)
         try:
             engine.release_caches()

@@ -19,9 +19,8 @@ from engine.attention.decode_step import count_keys
 from engine.bench.decode_workload import MODES, DecodeWorkload, choice_of, method_of, num_slots, plan_of
 from engine.bench.micro_results import Sizes
 from engine.bench.streamed_buffer import StreamedBuffer
-from engine.distributed import TPGroup
-from engine.sampling import greedy
 from kernels import AttentionPlan, Backend, Segment, available_backends, available_operations_backends
+from kernels.logit_blocks import BLOCK, block_masses, block_maxima
 from kernels.merge import merge_stacked
 from kernels.norm import add_rms_norm_
 from kernels.rotary import rotate_into_cache_
@@ -263,13 +262,26 @@ def _swiglu_work(sizes: Sizes, dtype: torch.dtype) -> Work:
     return Work(0, 3 * elements * dtype.itemsize, 4 * elements)  # exponential, addition, division, product
 
 
-def _make_greedy(workload: DecodeWorkload, backend: Backend | None) -> Call:
+def _make_maxima(workload: DecodeWorkload, backend: Backend | None) -> Call:
     logits_BV = workload.random(workload.sizes.batch_size, VOCAB_SIZE)
-    return Call(partial(greedy, logits_BV, 0, TPGroup(device=workload.device), backend))
+    return Call(partial(block_maxima, logits_BV, backend))
 
 
-def _greedy_work(sizes: Sizes, dtype: torch.dtype) -> Work:
-    return Work(0, sizes.batch_size * (VOCAB_SIZE * dtype.itemsize + 8), 0)  # it compares, and computes nothing
+def _maxima_work(sizes: Sizes, dtype: torch.dtype) -> Work:
+    # It compares, and computes nothing.
+    return Work(0, sizes.batch_size * (VOCAB_SIZE * dtype.itemsize + VOCAB_SIZE // BLOCK * _F32), 0)
+
+
+def _make_masses(workload: DecodeWorkload, backend: Backend | None) -> Call:
+    logits_BV = workload.random(workload.sizes.batch_size, VOCAB_SIZE)
+    peak_B = logits_BV.amax(-1).float()
+    return Call(partial(block_masses, logits_BV, None, peak_B, torch.ones_like(peak_B), backend=backend))
+
+
+def _masses_work(sizes: Sizes, dtype: torch.dtype) -> Work:
+    elements = sizes.batch_size * VOCAB_SIZE
+    # Sums in float64; a difference, a division, an exponential and an addition for each entry.
+    return Work(0, elements * dtype.itemsize + elements // BLOCK * 2 * _F32, 4 * elements)
 
 
 # ---- what the machine gives in the same rounds
@@ -301,7 +313,8 @@ ROW_OPERATIONS = (
     Operation("add_rms_norm", _make_norm, _norm_work, **_ROW),
     Operation("rotary_into_cache", _make_rotary, _rotary_work, modes=("hydragen",), needs=("unique_seq_len",), **_ROW),
     Operation("swiglu", _make_swiglu, _swiglu_work, **_ROW),
-    Operation("greedy", _make_greedy, _greedy_work, _all_that_run_logits, is_row_operation=True),
+    Operation("block_maxima", _make_maxima, _maxima_work, _all_that_run_logits, is_row_operation=True),
+    Operation("block_masses", _make_masses, _masses_work, _all_that_run_logits, is_row_operation=True),
 )
 
 MEMORY_READ = Operation("memory_read", _make_read, _read_work)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.attention import AttentionMethod, get_method
+from engine.attention import AttentionMethod
 from engine.attention.decode_step import count_keys, plan_decode
 from engine.bench.streamed_buffer import StreamedBuffer
 from engine.bench.timing import Timer
@@ -49,7 +49,7 @@ class Cost:
 
 
 def decode_step_cost(
-    method: str, tree: PrefixTree, unique_len: float, config: ModelConfig, world_size: int = 1
+    method: AttentionMethod, tree: PrefixTree, unique_len: float, config: ModelConfig, world_size: int = 1
 ) -> Cost:
     """The work of one decode step of a Llama-family model with a gated MLP, for one of ``world_size`` ranks.
 
@@ -63,9 +63,8 @@ def decode_step_cost(
     - Attention is two products per query head and key, ``4 * head_dim`` FLOPs, however the keys were read.
 
     Left out, as small beside these: activations, the cache's new rows, norms, embedding rows, and communication.
-    Raises InputError for a method that is not registered.
     """
-    keys_read, keys_attended = _count_keys(get_method(method), tree, unique_len, config.sliding_window)
+    keys_read, keys_attended = _count_keys(method, tree, unique_len, config.sliding_window)
     local_heads = config.num_heads // world_size
     kv_heads = local_kv_heads(config.num_kv_heads, 0, world_size)[1]
     hidden, head_dim, num_layers = config.hidden_size, config.head_dim, config.num_layers

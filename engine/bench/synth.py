@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.arena import fits_beside
-from engine.attention import METHODS
+from engine.attention import METHODS, Auto, get_method
+from engine.attention.crossover import NEVER
 from engine.attention.decode_step import one_prompt
 from engine.bench.environment import Execution, describe_environment, describe_execution
 from engine.bench.memory_model import Footprint, footprint
@@ -334,7 +335,8 @@ class _Runner:
             self._ceilings[cell.batch_size] = measure_ceilings(group.device, config.dtype, rows=cell.batch_size)
         # Own keys are 1, 2, ... num_unique - 1 in the steps that are timed.
         tree = one_prompt(cell.num_shared, cell.batch_size)
-        cost = decode_step_cost(cell.mode, tree, cell.num_unique / 2, config, group.size)
+        method = Auto(NEVER) if result.choice == "unshared" else get_method(cell.mode)
+        cost = decode_step_cost(method, tree, cell.num_unique / 2, config, group.size)
         return replace(
             result,
             achieved_gbs=cost.bytes / (step_ms * 1e6),

@@ -130,6 +130,42 @@ def test_finds_the_least_length_that_pays(monkeypatch):
     ]  # fmt: skip
 
 
+def test_a_search_that_begins_with_a_loss_goes_on_to_longer_nodes(monkeypatch):
+    found = trials_by(monkeypatch, lambda n, length: length >= {2: 16, 4: 64, 8: 64, 16: 64}[n])
+    assert [(t.num_queries, t.length) for t in found.trials[4:]] == [
+        (4, 16), (4, 32), (4, 64), (8, 64), (8, 32), (16, 64), (16, 32),
+    ]  # fmt: skip
+    # One that was found too short is evened out with its neighbours: 16, 64, 64 and 64 are a bit over 32 in the mean.
+    assert found.crossover.lengths == (64, 64, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [([5, 4, 4, 1], [5, 4, 4, 1]), ([5, 3, 4, 0], [5, 4, 4, 0]), ([0, 9, 0, 0], [5, 5, 0, 0]), ([1, 2, 3], [2, 2, 2])],
+)
+def test_what_rises_is_evened_out(places, expected):
+    assert calibration._evened_out(places) == expected
+
+
+def test_a_close_trial_is_repeated(monkeypatch):
+    class Close(calibration._Work):
+        times = 0
+
+        def _time(self, call):
+            self.times += 1
+            return 1.0 + 0.01 * (self.times % 2)
+
+    class Clear(Close):
+        def _time(self, call):
+            self.times += 1
+            return 1.0 + self.times % 2
+
+    for kind, rounds in ((Close, 9), (Clear, 3)):
+        work = kind(setting(), CPU, torch.float32)
+        work.try_both(2, 16)
+        assert work.times == 2 + 2 * rounds
+
+
 def test_tries_the_longest_again_after_a_number_that_nothing_pays_for(monkeypatch):
     assert trials_by(monkeypatch, lambda n, length: n >= 8 and length >= 32).crossover.lengths == (None, None, 32, 32)
     assert trials_by(monkeypatch, lambda n, length: True).crossover.lengths == (16, 16, 16, 16)

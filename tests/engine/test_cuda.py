@@ -75,11 +75,10 @@ def test_logits_of_prompts_and_steps(family, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_reference_backend(monkeypatch, dtype):
-    """On the device it reads the same tables; in float32 there is no other."""
-    if dtype != torch.float32:
-        monkeypatch.setattr("kernels.attention.default_backend", lambda *_: Backend.REFERENCE)
-    cpu, device = engines(dtype=dtype)
+@pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.TRITON], ids=str)
+def test_other_backends(dtype, backend):
+    """Which read the same tables."""
+    cpu, device = engines(dtype=dtype, attention_backend=backend)
     for method in ("hydragen", "hydragen_noshared"):
         options = {"attention": method, "forced_tokens": FORCED[5:], "return_logits": True}
         expected = cpu.generate(PROMPTS[5:], PARAMS[5:], **options)

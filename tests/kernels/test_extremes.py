@@ -131,3 +131,27 @@ def test_views_that_are_not_contiguous(backend):
 def test_a_dtype_that_is_not_supported_is_told(backend):
     with pytest.raises(ValueError, match=f"backend '{backend}' cannot run float64 on .*; accepted: reference; use one"):
         AttentionPlan.of(decode_step(3, [1])[0], DEVICE, torch.float64, backend)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning")  # numpy's, of which the interpreter is made
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+@pytest.mark.parametrize(
+    ("prefix", "own_lens"),
+    [(2048, [0]), (70, [3] * 4), (70, [3] * 40), (2048, [3] * 40)],
+    ids=["keys split", "one launch", "a launch that merges", "planes that are merged at the end"],
+)
+def test_nan_shows_however_states_are_merged(prefix, own_lens, backend):
+    """Of a query, in all that it attends to; and of all keys of a part, in all that attend to them."""
+    segments, arena = decode_step(prefix, own_lens)
+    q, k, v = make_inputs(segments[0], arena, 4, 2, 16, DTYPE)
+    row = len(own_lens) // 2
+    damaged = q.clone()
+    damaged[row, 1, 3] = torch.nan
+    out, lse = run(segments, (damaged, k, v), 0.25, backend)
+    is_nan = torch.zeros(len(own_lens), 4, dtype=torch.bool)
+    is_nan[row, 1] = True
+    assert torch.equal(out.isnan().all(-1).cpu(), is_nan) and torch.equal(out.isnan().any(-1).cpu(), is_nan)
+    assert torch.equal(lse.isnan().cpu(), is_nan)
+    k[: min(prefix, 256)] = torch.nan
+    out, _ = run(segments, (q, k, v), 0.25, backend)
+    assert out.isnan().all()

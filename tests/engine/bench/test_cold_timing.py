@@ -4,7 +4,7 @@ from clock import Clock
 
 from engine.bench import cold_timing
 from engine.bench.cache_flush import CacheFlush
-from engine.bench.cold_timing import CudaCall, HostCall, make_cold_call, time_in_turns
+from engine.bench.cold_timing import HostCall, make_cold_call, time_in_turns
 from engine.bench.micro_results import TimedWith
 
 
@@ -71,25 +71,66 @@ def test_on_a_cpu_by_the_clock():
     assert isinstance(cold, HostCall)
 
 
-@pytest.mark.gpu
 class TestOnAGpu:
     @pytest.fixture
-    def flush(self):
-        return CacheFlush(torch.device("cuda"))
+    def events(self, monkeypatch):
+        """Of a device that is not there, 7 ms apart."""
 
-    def test_a_graph_is_replayed(self, flush):
-        x = torch.zeros(1 << 20, device="cuda")
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                log.append("event")
+
+            def synchronize(self):
+                log.append("wait")
+
+            def elapsed_time(self, end):
+                return 7.0
+
+        log = []
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        return log
+
+    def make(self, log, said):
+        return make_cold_call(
+            lambda: log.append("call"), torch.device("cuda"), lambda: log.append("flush"), said.append
+        )
+
+    def test_a_replay_lies_between_the_events_and_the_flush_before_them(self, events, monkeypatch):
         said = []
-        cold = CudaCall(lambda: x.add_(1), flush, said.append)
+        monkeypatch.setattr(cold_timing, "capture", lambda call, device: (lambda: events.append("replay"), None, None))
+        cold = self.make(events, said)
+        assert cold() == 7.0 and cold.timed_with == TimedWith.CUDA_GRAPH and said == []
+        assert events == ["flush", "event", "replay", "event", "wait"]
+
+    def test_what_cannot_be_captured_is_launched(self, events, monkeypatch):
+        def fails(call, device):
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+        said = []
+        monkeypatch.setattr(cold_timing, "capture", fails)
+        cold = self.make(events, said)
+        assert cold() == 7.0 and cold.timed_with == TimedWith.EVENTS
+        assert said == [
+            "no CUDA graph (operation not permitted when stream is capturing): timed as launched from Python"
+        ]
+        assert events == ["flush", "event", "call", "event", "wait"]
+
+    def test_memory_that_does_not_suffice_is_another_matter(self, events, monkeypatch):
+        def fails(call, device):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(cold_timing, "capture", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            self.make(events, [])
+
+    @pytest.mark.gpu
+    def test_a_graph_is_replayed(self):
+        x, said, device = torch.zeros(1 << 20, device="cuda"), [], torch.device("cuda")
+        cold = make_cold_call(lambda: x.add_(1), device, CacheFlush(device), said.append)
         assert cold.timed_with == TimedWith.CUDA_GRAPH and said == []
         before = x[0].item()
         assert 0 < cold() < 1000
         assert x[0].item() == before + 1
-
-    def test_what_cannot_be_captured_is_launched(self, flush):
-        x = torch.zeros(8, device="cuda")
-        said = []
-        cold = CudaCall(lambda: x.sum().item(), flush, said.append)
-        assert cold.timed_with == TimedWith.EVENTS
-        assert len(said) == 1 and said[0].startswith("no CUDA graph (")
-        assert 0 < cold() < 1000

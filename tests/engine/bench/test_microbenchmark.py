@@ -345,7 +345,7 @@ class TestOperations:
         names = [(result.row.operation, result.row.backend) for result in results]
         assert names == [(s.row.operation, s.row.backend) for s in subjects_of(sweep_of(sizes), sizes, CPU)]
         others = {"memory_read", "attention_shared", "attention_own", "merge"}
-        rows = {"add_rms_norm", "rotary_into_cache", "swiglu", "greedy"}
+        rows = {"add_rms_norm", "rotary_into_cache", "swiglu", "block_maxima", "block_masses"}
         assert {name for name, _ in names} == {*MODES, *others, *rows}
         assert {backend for name, backend in names if name == "attention_own"} >= {"aten"}
         by_name = {result.row.operation: result for result in results}

@@ -58,7 +58,8 @@ class TestWorkByHand:
         assert rows["add_rms_norm"] == Work(0, (4 * 64 * 768 + 768) * 2, 5 * 64 * 768)
         assert rows["rotary_into_cache"] == Work(0, 2 * 64 * 20 * 64 * 2 + 64 * (2 * 64 * 4 + 8), 3 * 64 * 16 * 64)
         assert rows["swiglu"] == Work(0, 3 * 64 * 2048 * 2, 4 * 64 * 2048)
-        assert rows["greedy"] == Work(0, 64 * (32000 * 2 + 8), 0)
+        assert rows["block_maxima"] == Work(0, 64 * (32000 * 2 + 250 * 4), 0)
+        assert rows["block_masses"] == Work(0, 64 * (32000 * 2 + 250 * 8), 4 * 64 * 32000)
         assert rows["memory_read"] == Work(0, 1024 * 64 * 4160, 1024 * 64 * 4160 // 4)
 
     def test_memory_read_has_a_limit(self):

@@ -3,11 +3,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.attention import METHODS
-from engine.attention.hydragen import Hydragen
+from engine.attention import METHODS, Auto
+from engine.attention.crossover import ALWAYS, NEVER
 from engine.attention.decode_step import one_prompt
+from engine.attention.hydragen import Hydragen
 from engine.bench.roofline import Ceilings, Cost, decode_step_cost, measure_ceilings, predict_ms
-from engine.errors import InputError
 from engine.prefix_tree import build_from_levels
 from engine.presets import find_preset
 from engine.sharding import local_kv_heads
@@ -16,6 +16,7 @@ LLAMA_125M = find_preset("llama-125m")
 
 
 def cost(method, batch=64, shared_len=4096, unique_len=8, world_size=1, **changes):
+    method = METHODS[method] if isinstance(method, str) else method
     return decode_step_cost(
         method, one_prompt(shared_len, batch), unique_len, replace(LLAMA_125M, **changes), world_size
     )
@@ -73,9 +74,13 @@ class OwnTokensOnly(Hydragen):
         return []
 
 
-def test_a_method_of_ones_own_costs_what_it_plans(monkeypatch):
-    monkeypatch.setitem(METHODS, "own_tokens_only", OwnTokensOnly())
-    assert cost("own_tokens_only") == cost("hydragen", shared_len=0)
+def test_a_method_of_ones_own_costs_what_it_plans():
+    assert cost(OwnTokensOnly()) == cost("hydragen", shared_len=0)
+
+
+def test_auto_reads_a_prompt_as_often_as_it_chose():
+    assert cost(Auto(ALWAYS)) == cost("hydragen")
+    assert cost(Auto(NEVER)) == cost("hydragen_noshared")
 
 
 def test_a_fraction_of_a_key_counts_as_one():
@@ -87,17 +92,12 @@ def test_every_level_of_a_hierarchy_is_read_once_for_those_below_it():
     """A root of 100 tokens, two nodes of 50 below it, four sequences below each."""
     tree = build_from_levels([[[0] * 100], [[1] * 50, [2] * 50], [[0]] * 8])
     bytes_per_key = 12 * 2 * 4 * 64 * 2
-    found = decode_step_cost("hydragen", tree, 3, LLAMA_125M)
+    found = decode_step_cost(METHODS["hydragen"], tree, 3, LLAMA_125M)
     assert found.bytes - 2 * num_linear_weights() == bytes_per_key * (100 + 2 * 50 + 8 * 3)
     assert found.attention_flops == 12 * 4 * 12 * 64 * 8 * (100 + 50 + 3)
-    unshared = decode_step_cost("hydragen_noshared", tree, 3, LLAMA_125M)
+    unshared = decode_step_cost(METHODS["hydragen_noshared"], tree, 3, LLAMA_125M)
     assert unshared.bytes - 2 * num_linear_weights() == bytes_per_key * 8 * (100 + 50 + 3)
     assert unshared.flops == found.flops
-
-
-def test_unknown_method():
-    with pytest.raises(InputError, match="hf.*accepted: hydragen"):
-        cost("hf")
 
 
 def test_the_longer_of_moving_and_computing():
