@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeVar, get_origin, get_type_hints
 
 import torch
 
@@ -29,6 +30,8 @@ from engine.installed import installed_versions
 from engine.kv_cache import make_arena
 from engine.prefix_tree import PrefixTree
 from kernels import AttentionPlan, Backend
+
+T = TypeVar("T")
 
 SCHEMA_VERSION = 1
 NUM_QUERIES = (2, 4, 8, 16, 32, 64, 128, 256)
@@ -141,8 +144,8 @@ def measure(setting: Setting, device: torch.device, dtype: torch.dtype) -> Calib
     """Looks, for each number of queries, for the length from which on sharing pays.
 
     The more queries, the shorter it is; so each search begins where the one before ended, and goes to longer nodes
-    until sharing pays, or to shorter ones as long as it does. Near that length both ways take about the same time, and a
-    trial may say either; so what has been found is evened out at the end.
+    until sharing pays, or to shorter ones as long as it does. Near that length both ways take about the same time, and
+    a trial may say either; so what has been found is evened out at the end.
     """
     assert device.type != "cuda" or not torch.cuda.is_current_stream_capturing(), "a capture records, it does not run"
     work = _Work(setting, device, dtype)
@@ -249,12 +252,22 @@ def read(path: Path) -> Calibration | None:
             return None
         crossover = fields["crossover"]
         return Calibration(
-            Setting(**fields["setting"]),
+            _made(Setting, fields["setting"]),
             _checked(Crossover(tuple(crossover["num_queries"]), tuple(crossover["lengths"]))),
-            tuple(Trial(**trial) for trial in fields["trials"]),
+            tuple(_made(Trial, trial) for trial in fields["trials"]),
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, AssertionError, RecursionError):
         return None
+
+
+def _made(kind: type[T], fields: dict[str, object]) -> T:
+    """Raises ValueError for a field of another type."""
+    made = kind(**fields)
+    for name, hint in get_type_hints(kind).items():
+        accepted = (int, float) if hint is float else get_origin(hint) if get_origin(hint) is dict else hint
+        if not isinstance(getattr(made, name), accepted):
+            raise ValueError(f"{name} is of another type")
+    return made
 
 
 def _checked(crossover: Crossover) -> Crossover:

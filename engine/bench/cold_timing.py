@@ -1,5 +1,6 @@
 """Times single calls with cold caches, several kinds of calls turn by turn."""
 
+import random
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
@@ -80,19 +81,21 @@ def make_cold_call(
 def time_in_turns(
     calls: Mapping[K, Callable[[], float]], num_iters: int | None, num_warmup: int | None, budget_s: float
 ) -> tuple[dict[K, list[float]], int]:
-    """``(the times of each call, one a round; the number of rounds before those)``. A round makes every call once.
+    """``(the times of each call, one a round; the number of rounds before those)``. A round makes every call once, in
+    an order that is drawn anew: what ran before a call can cost it some percent, flushed caches or not.
 
     Rounds are as many as are asked for; where None are, as many as ``budget_s`` seconds for each call allow, from
     ``MIN_ITERS`` to ``MAX_ITERS``, after a tenth of that, or one, that is not counted.
     """
     budget_s *= len(calls)
-    warmed_up = _rounds(calls, num_warmup, 1, budget_s * _WARM_UP_SHARE)
-    times = _rounds(calls, num_iters, MIN_ITERS, budget_s)
+    order = random.Random(0)
+    warmed_up = _rounds(calls, order, num_warmup, 1, budget_s * _WARM_UP_SHARE)
+    times = _rounds(calls, order, num_iters, MIN_ITERS, budget_s)
     return {key: [one[key] for one in times] for key in calls}, len(warmed_up)
 
 
 def _rounds(
-    calls: Mapping[K, Callable[[], float]], count: int | None, least: int, budget_s: float
+    calls: Mapping[K, Callable[[], float]], order: random.Random, count: int | None, least: int, budget_s: float
 ) -> list[dict[K, float]]:
     rounds: list[dict[K, float]] = []
     end = time.monotonic() + budget_s
@@ -103,5 +106,5 @@ def _rounds(
         return len(rounds) < least or (len(rounds) < MAX_ITERS and time.monotonic() < end)
 
     while wanted():
-        rounds.append({key: call() for key, call in calls.items()})
+        rounds.append({key: calls[key]() for key in order.sample(list(calls), len(calls))})
     return rounds

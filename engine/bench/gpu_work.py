@@ -104,18 +104,18 @@ SIZES = {
                 [(b, s, u) for u in _UNIQUE for b, s in _PAPER],
                 (8, 1, 128),
                 num_needed=len(_COARSE) * len(_PAPER),
-                seconds=60,
+                seconds=50,
                 num_iters=20,
             ),
             "operations": MicroGrid.of(
-                ("operations",), [(4096, 8192, 64), (64, 4096, 64), (1, 16, 2**17)], (8, 1, 128), 3, 40, 30
+                ("operations",), [(4096, 8192, 64), (64, 4096, 64), (1, 16, 2**17)], (8, 1, 128), 3, 33, 30
             ),
             "crossover": MicroGrid.of(
                 ("base", "hydragen", "auto"),
                 [(b, s, 64) for b in (1, 4, 16, 64, 256) for s in (16, 128, 1024, 4096, 16384)],
                 (8, 1, 128),
                 num_needed=25,
-                seconds=40,
+                seconds=33,
                 num_iters=30,
                 backend=Backend.TRITON,  # which takes keys that are not shared in the same launch
             ),

@@ -171,9 +171,10 @@ def print_micro_tables(rows: Sequence[MicroRow], console: "Console") -> None:
             _print_comparisons(members, console)
         for line in _about_choices(members):
             console.print(line, soft_wrap=True, highlight=False)
-    if any(row.result.high_spread or (row.vs_base and row.vs_base.high_spread) for row in rows):
+    ratios = [found for row in rows for found in (row.vs_base, row.vs_best) if found]
+    if any(found.high_spread for found in (*ratios, *(row.result for row in rows))):
         console.print(f"! times vary by more than {HIGH_SPREAD:.0%}: differences of that size may be noise")
-    if any(row.vs_base and not row.vs_base.same_run for row in rows):
+    if any(not found.same_run for found in ratios):
         console.print("~ timed in separate runs: --compare times modes turn by turn")
     for row in rows:
         if row.result.status != Status.OK and row.result.message:
@@ -275,7 +276,7 @@ def _about_choices(rows: Sequence[MicroRow]) -> list[str]:
     beyond = [row for row in chosen if row.vs_best.value > 1 + ALLOWED_OVER_BEST + (row.vs_best.spread or 0)]
     where = "; ".join(row.result.row.words for row in beyond)
     return [
-        f"auto takes {middle.vs_best.value:.2f} times as long as the best in the middle of {len(chosen)} sizes, and at "
+        f"auto takes {middle.vs_best.text} times as long as the best in the middle of {len(chosen)} sizes, and at "
         f"most {_ratio(worst.vs_best)}, at {worst.result.row.words}",
         f"beyond {ALLOWED_OVER_BEST:.0%} and the spread: {f'{len(beyond)}: {where}' if beyond else 'none'}",
     ]

@@ -38,7 +38,8 @@ class AsCaptured(DecodeGraphs):
     def _forward(self, graph, cache):
         model = self._model
         if graph.replay is None:
-            self._read[id(graph)] = model.rotary_table, None if cache is None else [list(layer) for layer in cache._layers]
+            layers = None if cache is None else [list(layer) for layer in cache._layers]
+            self._read[id(graph)] = model.rotary_table, layers
             return super()._forward(graph, cache)
         now = model.rotary_table, None if cache is None else cache._layers
         try:

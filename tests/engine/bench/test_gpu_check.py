@@ -1,5 +1,6 @@
 import json
 import os
+import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
@@ -27,6 +28,7 @@ from engine.bench.micro_results import FILES
 from engine.bench.result_files import Status
 
 QUIET = Console(quiet=True)
+ROOT = Path(__file__).parents[3]
 
 
 class Script(Section):
@@ -153,22 +155,47 @@ def test_sections_have_this_engine_and_only_the_devices_that_are_meant(tmp_path,
 
 # --- what the sections make of their numbers ---
 
-XML = """<testsuites><testsuite tests="5"><testcase classname="a.b" name="fine"/>
-<testcase classname="a.b" name="off[1]"><failure message="assert 1"/></testcase>
-<testcase classname="a.c" name="broken"><error message="fixture"/></testcase>
-<testcase classname="a.c" name="no"><skipped message="because"/></testcase>
-<testcase classname="a.c" name="also fine"/></testsuite></testsuites>"""
+TESTS = """
+import pytest
+
+def test_fine(): pass
+def test_no(): pytest.skip("because")
+@pytest.mark.parametrize("x", [1])
+def test_off(x): assert x == 2, "a reason"
+@pytest.fixture
+def broken():
+    yield
+    raise OSError("at the end")
+def test_also_fine(broken): pass
+"""
 
 
-def test_tests_are_counted(tmp_path):
+def test_tests_are_counted_as_they_end(tmp_path):
+    (tmp_path / "test_a.py").write_text(TESTS)
+    (tmp_path / "test_b.py").write_text("import nowhere_to_be_found")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    section = GpuTests([str(tmp_path)], required=True)
+    assert section.read(folder) == {} and section.summary({}) == ""
+    command = [*section.command(folder), "--rootdir", str(tmp_path), "-o", "addopts=", "-o", "markers=gpu"]
+    command[command.index("-m", 3) + 1] = "not gpu"  # these tests are marked as nothing
+    subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    found = section.read(folder)
+    failed = found.pop("failed_tests")
+    assert found == {"passed": 1, "failed": 3, "skipped": 1}
+    names = [test.rpartition("/")[2] for test in failed]
+    assert names == ["test_b.py", "test_a.py::test_off[1]", "test_a.py::test_also_fine"]
+    lines = (folder / "tests.jsonl").read_text()
+    assert "a reason" in lines or "assert 1 == 2" in lines
+    # A run that was stopped while it wrote has said what came before.
+    (folder / "tests.jsonl").write_text(lines[: lines.rindex('"outcome"')])
+    assert sum(section.read(folder)[kind] for kind in ("passed", "failed", "skipped")) >= 4
+
+
+def test_what_tests_say():
     section = GpuTests(["tests"], required=True)
-    assert section.read(tmp_path) == {} and section.summary({}) == ""
-    (tmp_path / "tests.xml").write_text(XML[:100])
-    assert section.read(tmp_path) == {}
-    (tmp_path / "tests.xml").write_text(XML)
-    found = section.read(tmp_path)
-    assert found == {"passed": 2, "failed": 2, "skipped": 1, "failed_tests": ["a.b::off[1]", "a.c::broken"]}
-    assert section.complaint(found) == "2 failed, a.b::off[1] first"
+    found = {"passed": 2, "failed": 2, "skipped": 1, "failed_tests": ["a.py::b", "c"]}
+    assert section.complaint(found) == "2 failed, a.py::b first"
     assert section.summary(found) == "2 passed, 2 failed, 1 skipped"
     skipped = {"passed": 0, "failed": 0, "skipped": 9, "failed_tests": []}
     assert section.complaint(skipped) == "no test ran"
