@@ -3,10 +3,11 @@
 from kernels.attention import AttentionPlan, Planner, available_backends, check_backend
 from kernels.backend import Backend
 from kernels.dispatch import OPERATIONS_BACKENDS, available_operations_backends, check_operations_backend
-from kernels.merge import merge_states
+from kernels.merge import merge_stacked, merge_states
 from kernels.segment import Segment
 
 __all__ = [
     "OPERATIONS_BACKENDS", "AttentionPlan", "Backend", "Planner", "Segment", "available_backends",
-    "available_operations_backends", "check_backend", "check_operations_backend", "merge_states",
+    "available_operations_backends", "check_backend", "check_operations_backend", "merge_stacked",
+    "merge_states",
 ]  # fmt: skip

@@ -2,8 +2,8 @@
 
 What an item is, and how segments are cut into them, is in ``attention_items.py``. Keys and values are read once for the
 query heads of a group. All segments whose items have tiles of one kind run in one launch, and a launch of small tiles
-takes the states that the others have left into its own as it ends: a decode step of any number of levels above own
-keys is two launches.
+takes the states that the others have left into its own as it ends: a decode step of large batches, of any number of
+levels above own keys, is two launches.
 
 Shapes: T queries, S keys of the arena, Hq query heads, Hkv KV heads, G = Hq // Hkv, D head dimension, N items,
 P planes.
