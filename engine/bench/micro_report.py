@@ -1,6 +1,5 @@
 """What a microbenchmark found, each row beside the baseline: as tables, as CSV and as a plot."""
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 from engine.bench.decode_workload import MODES
 from engine.bench.micro_results import OPERATIONS_MODE, Row, RowResult, Sizes
 from engine.bench.operations import PARTS, all_operations, hidden_size, intermediate_size
+from engine.bench.ratio import Ratio
 from engine.bench.report import MISSING, format_number, require_matplotlib, write_table
 from engine.bench.result_files import Status
 from engine.bench.timing import HIGH_SPREAD, summarize
@@ -23,24 +23,6 @@ BASELINE = "base"
 ALLOWED_OVER_BEST = 0.1  # of the time of the better one: what a choice that was measured before may cost
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """Of two times."""
-
-    value: float
-    spread: float | None  # 20th to 80th percentile as a fraction of it; None for a single round
-    same_run: bool  # the two took turns
-
-    @property
-    def high_spread(self) -> bool:
-        return self.spread is not None and self.spread > HIGH_SPREAD
-
-    @property
-    def text(self) -> str:
-        """``~`` before one of separate runs, ``!`` after one with a high spread."""
-        return f"{'' if self.same_run else '~'}{self.value:.2f}{' !' if self.high_spread else ''}"
-
-
 def ratio(over: Sequence[RowResult], under: Sequence[RowResult]) -> Ratio | None:
     """The times of ``over`` added up, over those of ``under``; None where one of them has no times.
 
@@ -51,13 +33,8 @@ def ratio(over: Sequence[RowResult], under: Sequence[RowResult]) -> Ratio | None
     if not (over and under) or not all(row.median_ms for row in rows):
         return None
     if len({(row.run, len(row.times_ms)) for row in rows}) == 1 and rows[0].run:
-        every = zip(_rounds(over), _rounds(under), strict=True)
-        rounds = [sum(a) / sum(b) for a, b in every if sum(b)]  # a time of 0 was too short for the file's digits
-        found = summarize(rounds)
-        return Ratio(found.median, found.relative if len(rounds) > 1 else None, True)
-    above, below = (sum(row.median_ms for row in rows) for rows in (over, under))
-    spreads = [row.spread for row in rows if row.spread is not None]
-    return Ratio(above / below, math.hypot(*spreads) if spreads else None, False)
+        return Ratio.of_rounds(*([sum(times) for times in _rounds(side)] for side in (over, under)))
+    return Ratio.of_runs(*([row.times_ms for row in side] for side in (over, under)))
 
 
 def _rounds(rows: Sequence[RowResult]) -> Iterator[tuple[float, ...]]:

@@ -37,6 +37,8 @@ class Kind(StrEnum):
 
     THROUGHPUT = "throughput"
     MICROBENCHMARK = "microbenchmark"
+    NEEDLES = "needles"
+    PASSKEY = "passkey"
 
 
 class Key(Protocol):

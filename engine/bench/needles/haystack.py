@@ -1,0 +1,74 @@
+"""Haystacks: sentences to hide needles between, from the generator or from a file, and needles put into them."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.bench.needles.prose import sentences
+from engine.errors import InputError
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]* ")
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """Sentences in the order in which a document takes them; ``name`` says what they are."""
+
+    name: str
+    sentences: Sequence[str]
+
+    def take(self, num_characters: int) -> list[str]:
+        """As many sentences, from the first on, as ``num_characters`` hold when a space parts them, or one more.
+
+        Raises InputError when there are not as many: text that is repeated would hold every needle's surroundings twice.
+        """
+        taken, room = [], num_characters
+        for sentence in self.sentences:
+            if room <= 0:
+                break
+            taken.append(sentence)
+            room -= len(sentence) + 1
+        if room > 0:
+            raise InputError(
+                f"{self.name} has {num_characters - room:,} characters; {num_characters:,} were asked for; accepted: as "
+                "many as it has; ask for a shorter document, or give a longer text"
+            )
+        return taken
+
+
+def generated_haystack(seed: int, num_characters: int) -> Haystack:
+    """Prose from the generator, ``num_characters`` of it or a little more, that no training text holds."""
+    return Haystack(f"generated prose (seed {seed})", list(_up_to(sentences((1, seed)), num_characters)))
+
+
+def read_haystack(path: Path) -> Haystack:
+    """The sentences of a text file, whose every run of white space counts as one space.
+
+    Raises InputError when it cannot be read, is not UTF-8, or has no sentence.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); accepted: a text file; give another") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text; accepted: a text file in UTF-8; convert it") from error
+    found = split_sentences(text)
+    if not found:
+        raise InputError(f"{path} has no text; accepted: a text file with sentences; give another")
+    return Haystack(path.name, found)
+
+
+def split_sentences(text: str) -> list[str]:
+    """The sentences of ``text``, each with the punctuation at its end."""
+    text = " ".join(text.split())
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    pieces = (text[start:end].strip() for start, end in zip([0, *ends], [*ends, len(text)], strict=True))
+    return [piece for piece in pieces if piece]
+
+
+def _up_to(found: Iterator[str], num_characters: int) -> Iterator[str]:
+    while num_characters > 0:
+        sentence = next(found)
+        yield sentence
+        num_characters -= len(sentence) + 1

@@ -1,0 +1,104 @@
+"""The results of questions about a document: one file a number of questions, ``SAVE_DIR/NAME/{n}qs.yaml``.
+
+Beside it, ``{n}qs.answers.jsonl`` has every answer as it was generated.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.bench.needles.accuracy import Accuracy
+from engine.bench.result_files import Kind, ResultFiles, Status
+from engine.bench.timing import HIGH_SPREAD, Spread, summarize
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, order=True)
+class Questions:
+    """``name`` is that of the run, such as its attention method."""
+
+    name: str
+    num_questions: int
+
+    def path(self, outdir: Path) -> Path:
+        return outdir / self.name / f"{self.num_questions}qs.yaml"
+
+    def answers_path(self, outdir: Path) -> Path:
+        return self.path(outdir).with_suffix(".answers.jsonl")
+
+
+@dataclass(frozen=True)
+class NeedlesResult:
+    """What questions about one document measured. Times are in ms, each that of the slowest rank."""
+
+    questions: Questions
+    status: Status
+    model_name: str
+    attention: str
+    seed: int
+    environment: dict[str, Any]  # as from describe_environment
+    haystack: str
+    names: str  # which ones the needles have: "seen" or "unseen" by the shipped model in training
+    num_characters: int  # of the document
+    num_document_tokens: int  # with the examples: what all questions share
+    num_needles: int
+    num_few_shot: int
+    num_new_tokens: int  # generated for each question
+    message: str = ""  # why a result that is not ok has no times
+    num_at_once: int = 0  # questions that ran together; fewer than there are where memory had no room for more
+    right_by_depth: Sequence[int] = ()  # by tenth of the document that the needle begins in
+    asked_by_depth: Sequence[int] = ()
+    prefill_ms: Sequence[float] = ()  # of the document
+    answer_ms: Sequence[float] = ()  # reading all questions and generating every token
+    warmup_ms: Sequence[float] = ()  # the same, before those
+    first_token_ms: Sequence[float] = ()  # reading all questions and generating one token each; empty if not measured
+    first_token_warmup_ms: Sequence[float] = ()
+    peak_bytes: Sequence[int] = ()  # memory used at most, one a rank
+    run: str = ""  # methods of one run took turns: their i-th times are of the same round
+    sweep: str = field(default="", compare=False)  # the SAVE_DIR it was read from; not in the file
+
+    @property
+    def accuracy(self) -> Accuracy:
+        return Accuracy(sum(self.right_by_depth), sum(self.asked_by_depth))
+
+    @property
+    def accuracy_by_depth(self) -> list[Accuracy]:
+        return [Accuracy(*pair) for pair in zip(self.right_by_depth, self.asked_by_depth, strict=True)]
+
+    @property
+    def decode_rounds_ms(self) -> list[float]:
+        """The times of the tokens after the first, round by round; empty where the first one's were not measured."""
+        return [every - first for every, first in zip(self.answer_ms, self.first_token_ms, strict=False)]
+
+    @property
+    def decode(self) -> Spread | None:
+        rounds = self.decode_rounds_ms
+        return summarize(rounds) if rounds else None
+
+    @property
+    def answer(self) -> Spread | None:
+        return summarize(self.answer_ms) if self.answer_ms else None
+
+    @property
+    def ms_per_question(self) -> float | None:
+        return self.answer.median / self.questions.num_questions if self.answer else None
+
+    @property
+    def high_spread(self) -> bool:
+        return self.answer is not None and self.answer.relative > HIGH_SPREAD
+
+    @property
+    def has_times(self) -> bool:
+        return bool(self.answer_ms) and bool(self.asked_by_depth)
+
+    @property
+    def headline(self) -> str:
+        outcome = str(self.status)
+        if self.answer is not None:
+            outcome = f"{self.accuracy.text} right, {self.answer.median:.1f} ms"
+        return f"{self.questions.name}: {self.questions.num_questions} questions about one document: {outcome}; times in ms"
+
+
+NEEDLE_FILES = ResultFiles(Kind.NEEDLES, SCHEMA_VERSION, NeedlesResult, key="questions")

@@ -1,0 +1,80 @@
+"""What a run of ``scripts/needles.py`` is to do, and the texts that follow from it."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from engine.attention import METHODS
+from engine.bench.environment import Execution
+from engine.bench.modes import ModelOptions
+from engine.bench.needles.document import MAX_NEEDLES, Document, make_document
+from engine.bench.needles.haystack import Haystack, generated_haystack, read_haystack
+from engine.bench.needles.needle import held_out_names, names_for_training
+from engine.bench.needles.passkey_grid import PasskeyGrid
+from engine.errors import InputError
+
+# The retrieval model that ships with the project, see docs/retrieval-model.md.
+SHIPPED_MODEL = Path(__file__).resolve().parents[3] / "assets" / "retrieval-1m"
+NAMES = ("seen", "unseen")
+# Generated for each question: the answer, and room for tokenizers that need more tokens for it than the shipped one.
+NUM_NEW_TOKENS = 10
+_CHARACTERS_A_WORD = 8  # of a haystack, at most on average
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Questions are asked by each method of ``attention``, turn by turn; a grid too, one after another."""
+
+    outdir: Path
+    save_name: str | None
+    model: ModelOptions
+    attention: tuple[str, ...]
+    question_counts: tuple[int, ...]
+    num_characters: int
+    num_few_shot: int
+    num_iters: int
+    num_warmup: int
+    measure_first_token: bool
+    grid: PasskeyGrid | None
+    haystack_file: Path | None = None
+    names: str = "seen"
+    seed: int = 0
+    execution: Execution = field(default_factory=Execution)
+
+    def __post_init__(self):
+        for name in self.attention:
+            if name not in METHODS:
+                raise InputError(f"attention {name!r} is not known; accepted: {', '.join(METHODS)}, or several of them")
+        if len(set(self.attention)) < len(self.attention):
+            raise InputError(f"attention {','.join(self.attention)} names a method twice; accepted: each once")
+        if self.names not in NAMES:
+            raise InputError(f"names {self.names!r} are not known; accepted: {', '.join(NAMES)}")
+        if self.save_name is not None and (Path(self.save_name).name != self.save_name or self.save_name.startswith(".")):
+            raise InputError(
+                f"save name {self.save_name!r} cannot be a folder in the save directory; accepted: a plain name; use another"
+            )
+
+    def run_name(self, method: str) -> str:
+        """The folder of a method's results."""
+        if self.save_name is None:
+            return method
+        return self.save_name if len(self.attention) == 1 else f"{self.save_name}_{method}"
+
+    @cached_property
+    def haystack(self) -> Haystack:
+        """Raises InputError when its file cannot be used."""
+        if self.haystack_file is not None:
+            return read_haystack(self.haystack_file)
+        words = 0 if self.grid is None else self.grid.max_words
+        return generated_haystack(self.seed, max(self.num_characters, words * _CHARACTERS_A_WORD))
+
+    @cached_property
+    def document(self) -> Document:
+        names = names_for_training() if self.names == "seen" else held_out_names()
+        num_needles = min(max(self.question_counts), MAX_NEEDLES, len(names) - self.num_few_shot)
+        if num_needles < 1:
+            raise InputError(
+                f"{self.num_few_shot} examples were asked for; accepted: up to {len(names) - 1}, as there are "
+                f"{len(names)} names; use fewer"
+            )
+        return make_document(self.haystack, self.num_characters, num_needles, self.num_few_shot, names, self.seed)
