@@ -1,0 +1,83 @@
+"""A run of ``scripts/needles.py``: what is left of it, with one loaded model."""
+
+from rich.console import Console
+
+from engine.bench.needles.asking import Asker
+from engine.bench.needles.needle_sweep import NeedleSweep
+from engine.bench.needles.passkey_sweep import PasskeySweep
+from engine.bench.needles.settings import Settings
+from engine.checkpoint import resolve_model
+from engine.distributed import TPGroup
+from engine.files import check_outdir
+from engine.loader import load_model
+from engine.progress import generation_progress, progress_bar
+from engine.tokenizer import Tokenizer
+
+
+class _Plan:
+    """The sweeps of the settings, and what is left of them. No weights are needed for it."""
+
+    def __init__(self, settings: Settings, group: TPGroup):
+        check_outdir(settings.outdir)
+        config, model = settings.model.config(), settings.model
+        folder = resolve_model(model.name, model.revision, weights=False) if model.tp_dir is None else model.tp_dir
+        tokenizer = Tokenizer.from_folder(folder)
+        self.needles = NeedleSweep(settings, tokenizer, config, group)
+        self.passkeys = None if settings.grid is None else PasskeySweep(settings, settings.grid, tokenizer, config, group)
+
+        def left() -> tuple[dict[int, list[str]], dict[str, list[int]]]:
+            counts = {n: self.needles.unfinished(n) for n in settings.question_counts}
+            lengths = {} if self.passkeys is None else {m: self.passkeys.unfinished(m) for m in settings.attention}
+            return counts, lengths
+
+        self.counts, self.lengths = group.on_rank_0(left)
+
+
+def print_plan(settings: Settings, group: TPGroup, console: Console) -> None:
+    """What a run would do. Runs nothing, loads no weights, writes nothing."""
+    plan, document = _Plan(settings, group), settings.document
+    console.print(
+        f"{settings.model.name}: {len(document.needles)} needles in {document.num_characters:,} characters of "
+        f"{document.haystack}; with {settings.num_few_shot} examples {plan.needles.num_document_tokens:,} tokens, "
+        f"{plan.needles.num_sequence_tokens:,} with a question and its answer",
+        soft_wrap=True,
+    )
+    for count, methods in plan.counts.items():
+        console.print(f"{count} questions: {', '.join(methods) or 'there already'}")
+    for method, lengths in plan.lengths.items():
+        words = ", ".join(map(str, lengths))
+        console.print(f"passkeys, {method}: {f'texts of {words} words' if lengths else 'there already'}", soft_wrap=True)
+
+
+def run_needles(settings: Settings, group: TPGroup, console: Console) -> None:
+    """Asks what has no result yet; each result is written as soon as it is there.
+
+    Raises InputError for settings that cannot be used, or that are not those of results that are there, and when
+    memory runs out.
+    """
+    plan = _Plan(settings, group)
+    todo = {count: methods for count, methods in plan.counts.items() if methods}
+    lengths = {method: words for method, words in plan.lengths.items() if words}
+    skipped = len(plan.counts) - len(todo)
+    if skipped:
+        console.print(f"{skipped} of {len(plan.counts)} numbers of questions have results and are skipped.")
+    if not todo and not lengths:
+        return
+    console.print(f"Loading {settings.model.name} ...", soft_wrap=True)
+    options = settings.model
+    model = load_model(
+        options.name, group, tp_dir=options.tp_dir, dtype=options.dtype, revision=options.revision
+    ).model
+    most = max(settings.question_counts)
+    askers = {method: Asker(method, model, settings.execution, most) for method in settings.attention}
+    for count, methods in todo.items():
+        with progress_bar(console) as progress:
+            task = progress.add_task(f"{count} questions", total=plan.needles.num_steps(len(methods)))
+            results = plan.needles.run([askers[m] for m in methods], count, lambda: progress.advance(task))
+        for result in results:
+            console.print(result.headline, soft_wrap=True)
+    for method, words in lengths.items():
+        for num_words in words:
+            with generation_progress(settings.grid.num_depths * settings.grid.num_repeats, console) as on_tokens:
+                result = plan.passkeys.run(askers[method], num_words, on_tokens)
+            console.print(result.headline, soft_wrap=True)
