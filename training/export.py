@@ -12,7 +12,7 @@ from engine.config import ModelConfig
 from training.model import RMS_NORM_EPS, Block, RetrievalModel
 from training.vocabulary import BOS_ID, EOS_ID, tokenizer_files
 
-# The model has no limit of its own: RoPE goes on. How far its answers are right, docs/retrieval-model.md says.
+# Four times what it was trained on. The model has no limit of its own: RoPE goes on.
 MAX_POSITIONS = 32768
 
 

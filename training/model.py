@@ -98,11 +98,10 @@ _EMBEDDING_STD = 0.09
 def start(model: RetrievalModel, same_words: list[tuple[int, int]], seed: int) -> None:
     """Sets the weights that training starts from.
 
-    From the usual random ones retrieval takes thousands of steps to appear, if it does. These are random too, but:
-    heads of the first layer look a fixed distance back (``OFFSETS``) by their biases; in the layers above queries
-    resemble keys, so that like attends to like, and output projections undo value projections, so that what is attended to is copied ("mimetic
-    initialization", Trockman and Kolter, arXiv:2305.09828, which has the opposite sign for the latter); and words that differ in
-    their case alone, ``same_words``, have similar embeddings.
+    They are random, but heads of the first layer look a fixed distance back (``OFFSETS``) by their biases. In the layers
+    above queries resemble keys, so that like attends to like, and output projections undo value projections, so that
+    what is attended to is copied ("mimetic initialization", Trockman and Kolter, arXiv:2305.09828, which has the
+    opposite sign for the latter). Words that differ in their case alone, ``same_words``, have similar embeddings.
     """
     shape, generator = model.shape, torch.Generator().manual_seed(seed)
     for block in model.blocks:

@@ -32,13 +32,13 @@ class Recipe:
     seed: int = 0
     num_prose_sentences: int = 20_000  # of the generator, in the training stream
     learning_rate: float = 2e-3  # of projections, norms and biases
-    # Rare words get a gradient seldom, but Adam moves them as far as the others: at the rate above, names grow alike.
+    # Lower: Adam moves the embeddings of rare words as far as those of frequent ones.
     embedding_learning_rate: float = 3e-4
     weight_decay: float = 0.01  # of projections
     betas: tuple[float, float] = (0.9, 0.98)
     max_gradient_norm: float = 1.0
     num_warmup_steps: int = 100
-    # Short documents until retrieval appears, all at once, after some 350 steps; then longer ones.
+    # Short documents until retrieval appears, all at once, after 200 to 350 steps; then longer ones.
     phases: tuple[Phase, ...] = (
         Phase(600, 320, 24, max_needles=8, max_questions=8),
         Phase(400, 1024, 12, max_needles=32, max_questions=24),

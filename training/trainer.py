@@ -22,8 +22,7 @@ from training.vocabulary import build_tokenizer
 
 STATE_FILE = "training.pt"
 _SAVE_EVERY = 50  # steps
-# Seeds of the generator below this number are for training; evaluation's are above.
-_PROSE_SEED = 0
+_PROSE_SEED = 0  # a single number: evaluation's are pairs
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Needles: facts to be hidden in a text, each with its question and its answer.
 
 The wording, and how questions and answers are laid out, are those of the needle experiment of the Hydragen paper
-(arXiv:2402.05099, section 4.3), so that results can be compared.
+(arXiv:2402.05099), so that results can be compared.
 """
 
 import re

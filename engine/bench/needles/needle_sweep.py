@@ -3,16 +3,17 @@
 Every rank does the same; rank 0 decides what is left to do, writes the files and prints.
 """
 
-import json
 import random
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from engine.bench.environment import describe_environment
 from engine.bench.needles.asking import Asker, timed
 from engine.bench.needles.document import NUM_DEPTHS, PlacedNeedle
 from engine.bench.needles.needle_results import NEEDLE_FILES, NeedlesResult, Questions
+from engine.bench.needles.recording import recorded_when_out_of_memory, write_with_answers
 from engine.bench.needles.same_settings import check_same
 from engine.bench.needles.settings import NUM_NEW_TOKENS, Settings
 from engine.bench.peak_memory import PeakMemory
@@ -20,8 +21,6 @@ from engine.bench.result_files import Status
 from engine.config import ModelConfig
 from engine.distributed import TPGroup
 from engine.errors import InputError
-from engine.files import write_whole
-from engine.memory import describe_out_of_memory, is_out_of_memory
 from engine.tokenizer import Tokenizer
 
 OnStep = Callable[[], None]
@@ -80,18 +79,10 @@ class NeedleSweep:
         """Asks with every one of ``askers``, in turns; on rank 0 results and answers are written."""
         outdir, group = self._settings.outdir, self._group
         blanks = {asker.method: self._blank(asker.method, num_questions) for asker in askers}
+        what, remedy = f"{num_questions} questions", "use a shorter document or more ranks"
         try:
-            results, answers = self._measure(askers, blanks, num_questions, on_step)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            message = describe_out_of_memory(error)
-            for blank in blanks.values():
-                NEEDLE_FILES.write(outdir, replace(blank, status=Status.OUT_OF_MEMORY, message=message))
-            raise InputError(
-                f"rank {group.rank} ran out of memory with {num_questions} questions, which is recorded; run the same "
-                "command again to go on with the next number, or use a shorter document or more ranks"
-            ) from error
+            with recorded_when_out_of_memory(NEEDLE_FILES, outdir, list(blanks.values()), group, what, remedy):
+                results, answers = self._measure(askers, blanks, num_questions, on_step)
         finally:
             for asker in askers:
                 asker.release()
@@ -99,16 +90,14 @@ class NeedleSweep:
         def write() -> None:
             for result in results:
                 path = result.questions.answers_path(outdir)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(path, answers[result.attention])
-                NEEDLE_FILES.write(outdir, result)  # last: it says that both are there
+                write_with_answers(NEEDLE_FILES, outdir, result, path, answers[result.attention])
 
         group.on_rank_0(write)
         return results
 
     def _measure(
         self, askers: Sequence[Asker], blanks: dict[str, NeedlesResult], num_questions: int, on_step: OnStep
-    ) -> tuple[list[NeedlesResult], dict[str, bytes]]:
+    ) -> tuple[list[NeedlesResult], dict[str, list[dict[str, Any]]]]:
         settings, group = self._settings, self._group
         questions, asked = self._questions[:num_questions], self._document.ask(num_questions)
         times: dict[str, _Times] = {asker.method: _Times() for asker in askers}
@@ -135,7 +124,7 @@ class NeedleSweep:
             token_ids, at_once = found[method]
             texts = [self._tokenizer.decode(ids) for ids in token_ids]
             is_right = [one.needle.is_answered_by(text) for one, text in zip(asked, texts, strict=True)]
-            answers[method] = _answer_lines(asked, texts, token_ids, is_right)
+            answers[method] = _answers(asked, texts, token_ids, is_right)
             results.append(
                 replace(
                     blank,
@@ -196,21 +185,17 @@ def _count_by_depth(asked: Sequence[PlacedNeedle], counted: Sequence[bool]) -> t
     return tuple(counts)
 
 
-def _answer_lines(
+def _answers(
     asked: Sequence[PlacedNeedle], texts: Sequence[str], token_ids: Sequence[Sequence[int]], is_right: Sequence[bool]
-) -> bytes:
-    lines = [
-        json.dumps(
-            {
-                "question": one.needle.question,
-                "expected": one.needle.answer.strip(),
-                "position": round(one.position, 6),
-                "answer": text,
-                "token_ids": list(ids),
-                "right": right,
-            },
-            ensure_ascii=False,
-        )
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "question": one.needle.question,
+            "expected": one.needle.answer.strip(),
+            "position": round(one.position, 6),
+            "answer": text,
+            "token_ids": list(ids),
+            "right": right,
+        }
         for one, text, ids, right in zip(asked, texts, token_ids, is_right, strict=True)
     ]
-    return ("\n".join(lines) + "\n").encode()

@@ -3,22 +3,21 @@
 Every rank does the same; rank 0 decides what is left to do, writes the files and prints.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from engine.bench.environment import describe_environment
 from engine.bench.needles.asking import Asker, timed
 from engine.bench.needles.passkey_grid import PasskeyGrid, Probe, make_probes
 from engine.bench.needles.passkey_results import PASSKEY_FILES, PasskeyLength, PasskeyResult
+from engine.bench.needles.recording import recorded_when_out_of_memory, write_with_answers
 from engine.bench.needles.same_settings import check_same
 from engine.bench.needles.settings import Settings
 from engine.bench.result_files import Status
 from engine.config import ModelConfig
 from engine.distributed import TPGroup
 from engine.errors import InputError
-from engine.files import write_whole
-from engine.memory import describe_out_of_memory, is_out_of_memory
 from engine.tokenizer import Tokenizer
 
 # Generated beside a token for every digit: what stands before the number, or after it.
@@ -64,17 +63,10 @@ class PasskeySweep:
         probes = self._probes(num_words)
         prompts = self._encode(probes)
         blank = self._blank(asker.method, num_words, max(map(len, prompts)))
+        what, remedy = f"{num_words} words", "use a smaller --passkey-grid or more ranks"
         try:
-            token_ids, ms = timed(group, lambda: asker.complete(prompts, self.num_new_tokens, on_tokens))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            message = describe_out_of_memory(error)
-            PASSKEY_FILES.write(outdir, replace(blank, status=Status.OUT_OF_MEMORY, message=message))
-            raise InputError(
-                f"rank {group.rank} ran out of memory with {num_words} words, which is recorded; run the same command "
-                "again to go on with the next length, or use a smaller --passkey-grid or more ranks"
-            ) from error
+            with recorded_when_out_of_memory(PASSKEY_FILES, outdir, [blank], group, what, remedy):
+                token_ids, ms = timed(group, lambda: asker.complete(prompts, self.num_new_tokens, on_tokens))
         finally:
             asker.release()
         texts = [self._tokenizer.decode(ids) for ids in token_ids]
@@ -85,10 +77,8 @@ class PasskeySweep:
         )
 
         def write() -> None:
-            path = result.length.answers_path(outdir)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, _answer_lines(probes, texts, token_ids, exact, partial))
-            PASSKEY_FILES.write(outdir, result)  # last: it says that both are there
+            answers = _answers(probes, texts, token_ids, exact, partial)
+            write_with_answers(PASSKEY_FILES, outdir, result, result.length.answers_path(outdir), answers)
 
         group.on_rank_0(write)
         return result
@@ -121,28 +111,24 @@ class PasskeySweep:
         )
 
 
-def _answer_lines(
+def _answers(
     probes: Sequence[Probe],
     texts: Sequence[str],
     token_ids: Sequence[Sequence[int]],
     exact: Sequence[bool],
     partial: Sequence[float],
-) -> bytes:
-    lines = [
-        json.dumps(
-            {
-                "num_words": probe.num_words,
-                "depth": round(probe.depth, 6),
-                "repeat": probe.repeat,
-                "expected": probe.passkey.digits,
-                "answer": text,
-                "token_ids": list(ids),
-                "exact_match": is_exact,
-                "partial_match": round(part, 6),
-                "prompt": probe.prompt,
-            },
-            ensure_ascii=False,
-        )
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "num_words": probe.num_words,
+            "depth": round(probe.depth, 6),
+            "repeat": probe.repeat,
+            "expected": probe.passkey.digits,
+            "answer": text,
+            "token_ids": list(ids),
+            "exact_match": is_exact,
+            "partial_match": round(part, 6),
+            "prompt": probe.prompt,
+        }
         for probe, text, ids, is_exact, part in zip(probes, texts, token_ids, exact, partial, strict=True)
     ]
-    return ("\n".join(lines) + "\n").encode()

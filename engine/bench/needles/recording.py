@@ -1,0 +1,44 @@
+"""How the results of needles and passkeys get to their files, with the answers beside them."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from engine.bench.result_files import Result, ResultFiles, Status
+from engine.distributed import TPGroup
+from engine.errors import InputError
+from engine.files import write_whole
+from engine.memory import describe_out_of_memory, is_out_of_memory
+
+
+def write_with_answers(
+    files: ResultFiles, outdir: Path, result: Result, answers_path: Path, answers: Iterable[dict[str, Any]]
+) -> None:
+    """Writes the answers, one JSON object a line, then the result: that it is there says that both are."""
+    lines = [json.dumps(answer, ensure_ascii=False) for answer in answers]
+    answers_path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(answers_path, ("\n".join(lines) + "\n").encode())
+    files.write(outdir, result)
+
+
+@contextmanager
+def recorded_when_out_of_memory(
+    files: ResultFiles, outdir: Path, blanks: Sequence[Result], group: TPGroup, what: str, remedy: str
+) -> Iterator[None]:
+    """Running out of memory inside is recorded for all of ``blanks`` and raises InputError: the next run goes on after
+    them. Other ranks may be waiting for this one, so there is no going on together."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        message = describe_out_of_memory(error)
+        for blank in blanks:
+            files.write(outdir, replace(blank, status=Status.OUT_OF_MEMORY, message=message))
+        raise InputError(
+            f"rank {group.rank} ran out of memory with {what}, which is recorded; run the same command again to go on "
+            f"with the next one, or {remedy}"
+        ) from error
