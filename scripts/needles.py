@@ -9,13 +9,11 @@ from engine import cli_options as options
 from engine.attention import METHODS
 from engine.bench.environment import Execution
 from engine.bench.modes import ModelOptions
-from engine.bench.needles.needle_report import build_needle_rows, plot_needles, print_needle_tables, write_needle_csv
-from engine.bench.needles.needle_results import NEEDLE_FILES
 from engine.bench.needles.passkey_grid import PasskeyGrid
-from engine.bench.needles.passkey_report import plot_passkeys, print_passkey_tables, write_passkey_csv
-from engine.bench.needles.passkey_results import PASSKEY_FILES
 from engine.bench.needles.run import print_plan, run_needles
 from engine.bench.needles.settings import SHIPPED_MODEL, Settings
+from engine.bench.ranges import parse_range
+from engine.bench.reports import read_reports
 from engine.cli import make_app, make_console, run
 from engine.distributed import init_group
 from engine.errors import InputError
@@ -32,11 +30,16 @@ def needles(
     save_dir: Annotated[Path, typer.Option(help="Where SAVE_DIR/NAME/*.yaml are written.")] = Path("results/needles"),
     save_name: Annotated[str | None, typer.Option(help="NAME.  [default: that of the attention method]")] = None,
     base_prompt_string_length: Annotated[
-        int | None,
-        typer.Option(min=1, help="Characters of text around the needles.  [default: 50000; of the shipped model 20000]"),
+        str | None,
+        typer.Option(
+            metavar="RANGE",
+            help="Characters of text around the needles; of several, a document each.  "
+            "[default: 50000; of the shipped model 20000]",
+        ),
     ] = None,
     num_questions: Annotated[
-        int | None, typer.Option(min=1, help="Ask so many.  [default: 2, 4, ... 1024; of the shipped model up to 256]")
+        str | None,
+        typer.Option(metavar="RANGE", help="Ask so many.  [default: 2:1025:x2; of the shipped model 2:257:x2]"),
     ] = None,
     num_few_shot: Annotated[int, typer.Option(min=0, help="Questions that are shown with their answers.")] = 5,
     num_timing_iters: Annotated[
@@ -51,9 +54,7 @@ def needles(
     disable_hydragen: Annotated[
         bool, typer.Option("--disable-hydragen", help="As --attention hydragen_noshared.")
     ] = False,
-    disable_attention: Annotated[
-        bool, typer.Option("--disable-attention", help="As --attention noattention.")
-    ] = False,
+    disable_attention: Annotated[bool, typer.Option("--disable-attention", help="As --attention noattention.")] = False,
     measure_unique_prefill: Annotated[
         bool, typer.Option(help="Time the reading of the questions by itself too: the first token of each answer.")
     ] = True,
@@ -68,9 +69,10 @@ def needles(
     haystack_file: Annotated[
         Path | None, typer.Option(help="Text for the haystack. Without it: prose from a generator.")
     ] = None,
-    names: Annotated[
-        str, typer.Option(help="Of the dogs: seen, or unseen by the shipped model in training.")
-    ] = "seen",
+    haystack_start: Annotated[
+        float, typer.Option(min=0, max=0.99, help="Begin in the file after this fraction of its sentences.")
+    ] = 0.0,
+    names: Annotated[str, typer.Option(help="Of the dogs: seen, or unseen by the shipped model in training.")] = "seen",
     graph: Annotated[bool, typer.Option(help="Capture decode steps on CUDA and replay them.")] = False,
     attention_backend: options.AttentionBackend = None,
     operations_backend: options.OperationsBackend = None,
@@ -88,10 +90,13 @@ def needles(
     of questions, and a length of the grid, that has a result is skipped, so a run that was stopped goes on. Answers
     are kept beside the results; tables, CSV and plots are made at the end.
 
+    Ranges are a,b,c or start:stop:step or start:stop:xfactor, where stop is exclusive.
+
     \b
     Examples:
       python scripts/needles.py
       python scripts/needles.py --attention hydragen,hydragen_noshared --num-questions 256 --dtype bfloat16
+      python scripts/needles.py --base-prompt-string-length 12000:100000:x2 --num-questions 256 --save-dir results/long
       torchrun --standalone --nproc_per_node=4 scripts/needles.py --pretrained-name 01-ai/Yi-6B-200K \\
           --tp-path shards/yi-6b-4 --save-dir results/yi --base-prompt-string-length 50000 --num-timing-iters 10
     """
@@ -100,21 +105,23 @@ def needles(
     def default(value, usual, shipped):
         return value if value is not None else shipped if ships else usual
 
-    counts = (num_questions,) if num_questions else tuple(2**i for i in range(1, default(None, 11, 9)))
+    counts = default(num_questions, "2:1025:x2", "2:257:x2")
+    lengths = default(base_prompt_string_length, "50000", "20000")
     grid = default(passkey_grid, "none", "4096words_5x10x3_7digits")
     settings = Settings(
         outdir=save_dir,
         save_name=save_name,
         model=ModelOptions(pretrained_name or str(SHIPPED_MODEL), tp_path, "auto", dtype, revision, seed),
         attention=_methods(attention, disable_hydragen, disable_attention),
-        question_counts=counts,
-        num_characters=default(base_prompt_string_length, 50_000, 20_000),
+        question_counts=parse_range(counts, name="number of questions"),
+        document_lengths=parse_range(lengths, name="document length"),
         num_few_shot=num_few_shot,
         num_iters=default(num_timing_iters, 10, 3),
         num_warmup=default(num_warmup_iters, 5, 1),
         measure_first_token=measure_unique_prefill,
         grid=None if grid == "none" else PasskeyGrid.parse(grid),
         haystack_file=haystack_file,
+        haystack_start=haystack_start,
         names=names,
         seed=seed,
         execution=Execution(attention_backend, operations_backend, graph),
@@ -146,15 +153,10 @@ def _methods(attention: str | None, disable_hydragen: bool, disable_attention: b
 
 
 def _report(save_dir: Path) -> None:
-    console = make_console()
-    if rows := build_needle_rows(NEEDLE_FILES.read_all([save_dir])):
-        print_needle_tables(rows, console)
-        write_needle_csv(rows, save_dir / "needles.csv")
-        plot_needles(rows, save_dir / "needles.png")
-    if results := PASSKEY_FILES.read_all([save_dir]):
-        print_passkey_tables(results, console)
-        write_passkey_csv(results, save_dir / "passkey.csv")
-        plot_passkeys(results, save_dir / "passkey.png")
+    for report in read_reports([save_dir]):
+        report.show(make_console())
+        report.write_csv(save_dir / f"{report.stem}.csv")
+        report.plot(save_dir / f"{report.stem}.png")
     print(f"Results, CSV and plots are in {save_dir}.")
 
 

@@ -1,11 +1,12 @@
 """Training documents: needles and a passkey hidden in sentences, then questions with their answers, as token ids.
 
-The answers are trained on, and what surely follows them. Text, needles and pairings come from random numbers that evaluation never sees: its
-seeds are another stream of the generator, and it has names of its own too.
+The answers are trained on, and what surely follows them. Text, needles and pairings come from random numbers that
+evaluation never sees: its seeds are another stream of the generator, and it has names of its own too.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -86,20 +87,27 @@ class DocumentMaker:
         pool = self._pools[self._rng.integers(len(self._pools))]
         room -= sum(map(len, hidden))
         assert room >= 0, "the questions and needles of a shape must fit its length"
-        at, stretch = int(self._rng.integers(len(pool))), []
-        while len(pool[at]) <= room:
+        at = int(self._rng.integers(len(pool)))
+        stretch: list[list[int]] = []
+        while (size := len(pool[at]) if stretch else self._size_of_first(pool[at])) <= room:
             stretch.append(pool[at])
-            room -= len(pool[at])
+            room -= size
             at = (at + 1) % len(pool)
         places = np.sort(self._rng.integers(len(stretch) + 1, size=len(hidden))).tolist()
-        tokens: list[int] = []
+        pieces: list[list[int]] = []
         before = 0
         for place, one in zip([*places, len(stretch)], [*hidden, []], strict=True):
-            for sentence in stretch[before:place]:
-                tokens += sentence
-            tokens += one
+            pieces += [*stretch[before:place], one]
             before = place
-        return tokens
+        return [*self._without_space(pieces[0]), *chain.from_iterable(pieces[1:])]
+
+    def _size_of_first(self, sentence: list[int]) -> int:
+        """A sentence may be longer without the space before it; needles, whose words are all tokens, are not."""
+        return max(len(sentence), len(self._without_space(sentence)))
+
+    def _without_space(self, tokens: list[int]) -> list[int]:
+        """As what begins a document has none."""
+        return self._encode(self._tokenizer.decode(tokens).lstrip(" "))
 
     def _needle_tokens(self, one: Needle) -> list[int]:
         return self._encode(" " + one.sentence)

@@ -9,11 +9,8 @@ from torch import Tensor
 
 from engine.checkpoint import write_checkpoint
 from engine.config import ModelConfig
-from training.model import RMS_NORM_EPS, Block, RetrievalModel
+from training.model import MAX_POSITIONS, RMS_NORM_EPS, Block, RetrievalModel
 from training.vocabulary import BOS_ID, EOS_ID, tokenizer_files
-
-# Four times what it was trained on. The model has no limit of its own: RoPE goes on.
-MAX_POSITIONS = 32768
 
 
 def export(model: RetrievalModel, tokenizer: Tokenizer, folder: Path) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 RMS_NORM_EPS = 1e-5
+MAX_POSITIONS = 32768
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Block(nn.Module):
         qkv = qkv.unflatten(-1, (-1, shape.head_dim))
         first, second = qkv[:, :, :num_rotated].float().chunk(2, -1)
         rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(qkv.dtype)
-        q, k, v = (part.transpose(1, 2) for part in (rotated[:, :, :num_heads], rotated[:, :, num_heads:], qkv[:, :, num_rotated:]))  # fmt: skip
+        q, k = (part.transpose(1, 2) for part in rotated.tensor_split([num_heads], 2))
+        v = qkv[:, :, num_rotated:].transpose(1, 2)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         x = x + self.output(attended.transpose(1, 2).flatten(2))
         gate, up = self.gate_up(F.rms_norm(x, (hidden,), self.mlp_norm, RMS_NORM_EPS)).chunk(2, -1)
@@ -66,9 +68,9 @@ class RetrievalModel(nn.Module):
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.num_layers))
         self.norm = nn.Parameter(torch.ones(shape.hidden_size))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """``(B, N, C)``, normalised, of token ids ``(B, N)``."""
-        angles = torch.arange(tokens.shape[1], dtype=torch.float64)[:, None] * self.shape.inverse_frequencies
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """``(B, N, C)``, normalised, of token ids ``(B, N)`` at ``positions`` ``(N,)``."""
+        angles = positions.double()[:, None] * self.shape.inverse_frequencies
         cos, sin = (f(angles).float()[None, :, None] for f in (torch.cos, torch.sin))
         x = F.embedding(tokens, self.embedding)
         for block in self.blocks:
@@ -98,8 +100,8 @@ _EMBEDDING_STD = 0.09
 def start(model: RetrievalModel, same_words: list[tuple[int, int]], seed: int) -> None:
     """Sets the weights that training starts from.
 
-    They are random, but heads of the first layer look a fixed distance back (``OFFSETS``) by their biases. In the layers
-    above queries resemble keys, so that like attends to like, and output projections undo value projections, so that
+    They are random, but heads of the first layer look a fixed distance back (``OFFSETS``) by their biases. In the
+    layers above queries resemble keys, so that like attends to like, and output projections undo value projections, so that
     what is attended to is copied ("mimetic initialization", Trockman and Kolter, arXiv:2305.09828, which has the
     opposite sign for the latter). Words that differ in their case alone, ``same_words``, have similar embeddings.
     """

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from training.documents import Shape
-from training.model import ModelShape
+from training.model import MAX_POSITIONS, ModelShape
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Phase:
     max_needles: int
     max_questions: int
     passkey_share: float = 0.25
+    max_positions: int = 0  # what positions may be stretched to (``draw_positions``); to none of 0
 
     def draw_shape(self, rng: np.random.Generator) -> Shape:
         num_needles = int(rng.integers(min(8, self.max_needles), self.max_needles + 1))
@@ -42,9 +43,9 @@ class Recipe:
     phases: tuple[Phase, ...] = (
         Phase(600, 320, 24, max_needles=8, max_questions=8),
         Phase(400, 1024, 12, max_needles=32, max_questions=24),
-        Phase(300, 2048, 6, max_needles=80, max_questions=48),
-        Phase(500, 4096, 4, max_needles=192, max_questions=64),
-        Phase(400, 8192, 2, max_needles=270, max_questions=96),
+        Phase(300, 2048, 6, max_needles=80, max_questions=48, max_positions=MAX_POSITIONS),
+        Phase(500, 4096, 4, max_needles=192, max_questions=64, max_positions=MAX_POSITIONS),
+        Phase(400, 8192, 2, max_needles=270, max_questions=96, max_positions=MAX_POSITIONS),
     )
 
     @property
@@ -73,5 +74,8 @@ TINY = replace(
     model=ModelShape(hidden_size=32, intermediate_size=48, head_dim=16),
     num_prose_sentences=200,
     num_warmup_steps=2,
-    phases=(Phase(3, 160, 2, max_needles=2, max_questions=2), Phase(3, 192, 2, max_needles=3, max_questions=2)),
+    phases=(
+        Phase(3, 160, 2, max_needles=2, max_questions=2),
+        Phase(3, 192, 2, max_needles=3, max_questions=2, max_positions=400),
+    ),
 )

@@ -1,6 +1,7 @@
 """Training, step by step, and going on after a stop: the same numbers come out as without one."""
 
 import io
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -17,11 +18,12 @@ from engine.errors import InputError
 from engine.files import write_whole
 from training.documents import IGNORED, DocumentMaker
 from training.model import RetrievalModel, start
+from training.positions import draw_positions
 from training.recipe import Recipe
 from training.vocabulary import build_tokenizer
 
 STATE_FILE = "training.pt"
-_SAVE_EVERY = 50  # steps
+_SAVE_EVERY = 20  # steps: half a minute at most
 _PROSE_SEED = 0  # a single number: evaluation's are pairs
 
 
@@ -37,10 +39,11 @@ class StepReport:
 
 
 class Trainer:
-    """The state of a run. ``texts`` are lists of sentences, one for each source of real text."""
+    """The state of a run, which has taken ``seconds`` for ``step`` steps. ``texts`` are lists of sentences, one for
+    each source of real text."""
 
     def __init__(self, recipe: Recipe, texts: Sequence[Sequence[str]]):
-        self.recipe, self.step = recipe, 0
+        self.recipe, self.step, self.seconds = recipe, 0, 0.0
         prose = list(islice(sentences(_PROSE_SEED), recipe.num_prose_sentences))
         self.tokenizer = build_tokenizer(recipe.model.vocab_size, [" ".join(text) for text in (prose, *texts)])
         self._rng = np.random.default_rng(recipe.seed)
@@ -58,13 +61,15 @@ class Trainer:
 
     def train_step(self) -> StepReport:
         """One batch. Matrix products are in bfloat16, weights and sums in float32."""
+        begun = time.perf_counter()
         recipe, phase = self.recipe, self.recipe.phase_at(self.step)
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * recipe.rate_at(self.step)
         tokens, labels = map(torch.from_numpy, self._documents.batch(phase.draw_shape(self._rng), phase.batch_size))
+        positions = torch.from_numpy(draw_positions(phase.length, phase.max_positions, self._rng))
         asked = labels != IGNORED
         with torch.autocast("cpu", torch.bfloat16):
-            logits = self.model.logits(self.model(tokens)[asked]).float()
+            logits = self.model.logits(self.model(tokens, positions)[asked]).float()
         answers = labels[asked]
         loss = F.cross_entropy(logits, answers)
         self._optimizer.zero_grad()
@@ -72,6 +77,7 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.max_gradient_norm)
         self._optimizer.step()
         self.step += 1
+        self.seconds += time.perf_counter() - begun
         right, colors = (logits.argmax(-1) == answers).float(), self._is_color[answers]
         return StepReport(
             self.step,
@@ -88,6 +94,7 @@ class Trainer:
             "recipe": repr(asdict(self.recipe)),
             "tokenizer": self.tokenizer.to_str(),
             "step": self.step,
+            "seconds": self.seconds,
             "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "rng": self._rng.bit_generator.state,
@@ -113,21 +120,21 @@ class Trainer:
                 f"{path} is of another recipe or of other texts; accepted: the ones it was begun with; give those, or "
                 "use another folder"
             )
-        self.step = state["step"]
+        self.step, self.seconds = state["step"], state["seconds"]
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._rng.bit_generator.state = state["rng"]
 
 
 def train(trainer: Trainer, outdir: Path, on_step: Callable[[StepReport], None]) -> None:
-    """Runs to the end of the recipe; what is done is kept in ``outdir`` as it goes, and when it is interrupted."""
-    try:
-        while not trainer.is_done:
-            on_step(trainer.train_step())
-            if trainer.step % _SAVE_EVERY == 0:
-                trainer.save(outdir)
-    finally:
-        trainer.save(outdir)
+    """Runs to the end of the recipe; what is done is kept in ``outdir`` as it goes.
+
+    Never when it is interrupted: half a step has drawn random numbers, and may have changed some of the weights.
+    """
+    while not trainer.is_done:
+        on_step(trainer.train_step())
+        if trainer.is_done or trainer.step % _SAVE_EVERY == 0:
+            trainer.save(outdir)
 
 
 def color_pairs(tokenizer: Tokenizer) -> list[tuple[int, int]]:

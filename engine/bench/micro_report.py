@@ -12,7 +12,7 @@ from engine.bench.operations import PARTS, all_operations, hidden_size, intermed
 from engine.bench.ratio import Ratio
 from engine.bench.report import MISSING, format_number, require_matplotlib, write_table
 from engine.bench.result_files import Status
-from engine.bench.timing import HIGH_SPREAD, summarize
+from engine.bench.timing import HIGH_SPREAD
 from engine.files import write_whole
 from kernels import Backend
 

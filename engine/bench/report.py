@@ -263,8 +263,8 @@ def _csv_values(row: Row) -> dict[str, object]:
 # ---- plot
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """Writes a PNG of throughput against batch size and against prefix length, one line a mode.
+def plot(rows: Sequence[Row], path: Path) -> bool:
+    """Writes a PNG of throughput against batch size and against prefix length, one line a mode; always True.
 
     Each setting and unique length has its own pair of panels. Raises InputError when matplotlib is not installed.
     """
@@ -275,6 +275,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         Comparison(title, sweep, [row.result for row in members]) for title, sweep, members in _comparisons(rows)
     ]
     write_whole(path, draw(comparisons))
+    return True
 
 
 def require_matplotlib() -> None:

@@ -64,8 +64,8 @@ def make_document(
 def place(sentences: Sequence[str], hidden: Sequence[str], fractions: Sequence[float]) -> tuple[str, list[float]]:
     """The sentences with ``hidden`` between them, and where each of those begins, as a fraction of the text.
 
-    Each goes to the sentence end that is nearest to its fraction (ascending, of the characters of the sentences): before
-    the first sentence and after the last too.
+    Each goes to the sentence end that is nearest to its fraction (ascending, of the sentences' characters): before the
+    first sentence and after the last too.
     """
     ends = np.cumsum([0, *(len(sentence) + 1 for sentence in sentences)])
     places = [int(np.abs(ends - fraction * ends[-1]).argmin()) for fraction in fractions]

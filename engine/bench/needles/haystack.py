@@ -8,7 +8,11 @@ from pathlib import Path
 from engine.bench.needles.prose import sentences
 from engine.errors import InputError
 
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]* ")
+# A word, what ends a sentence, and what closes quotations and brackets after it.
+_MAYBE_AN_END = re.compile(r"(\w*)([.!?]+)[\"'\u201d\u2019)\]]* ")
+_ABBREVIATIONS = frozenset(
+    "Mr Mrs Ms Dr St Messrs Mme Mlle Prof Capt Col Gen Lt Maj Sgt Rev Hon Jr Sr vs cf Fig No".split()
+)
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class Haystack:
     def take(self, num_characters: int) -> list[str]:
         """As many sentences, from the first on, as ``num_characters`` hold when a space parts them, or one more.
 
-        Raises InputError when there are not as many: text that is repeated would hold every needle's surroundings twice.
+        Raises InputError when there are not as many: repeated text would hold every needle's surroundings twice.
         """
         taken, room = [], num_characters
         for sentence in self.sentences:
@@ -31,8 +35,8 @@ class Haystack:
             room -= len(sentence) + 1
         if room > 0:
             raise InputError(
-                f"{self.name} has {num_characters - room:,} characters; {num_characters:,} were asked for; accepted: as "
-                "many as it has; ask for a shorter document, or give a longer text"
+                f"{self.name} has {num_characters - room:,} characters; {num_characters:,} were asked for; accepted: "
+                "as many as it has; ask for a shorter document, or give a longer text"
             )
         return taken
 
@@ -42,8 +46,9 @@ def generated_haystack(seed: int, num_characters: int) -> Haystack:
     return Haystack(f"generated prose (seed {seed})", list(_up_to(sentences((1, seed)), num_characters)))
 
 
-def read_haystack(path: Path) -> Haystack:
-    """The sentences of a text file, whose every run of white space counts as one space.
+def read_haystack(path: Path, start: float = 0.0) -> Haystack:
+    """The sentences of a text file, whose every run of white space counts as one space; without the first of them, the
+    fraction ``start``.
 
     Raises InputError when it cannot be read, is not UTF-8, or has no sentence.
     """
@@ -56,15 +61,28 @@ def read_haystack(path: Path) -> Haystack:
     found = split_sentences(text)
     if not found:
         raise InputError(f"{path} has no text; accepted: a text file with sentences; give another")
-    return Haystack(path.name, found)
+    name = path.name if not start else f"{path.name} after {start:.0%} of its sentences"
+    return Haystack(name, found[int(start * len(found)) :])
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of ``text``, each with the punctuation at its end."""
+    """The sentences of ``text``, each with the punctuation at its end.
+
+    A full stop after a title or an initial ends none, nor does anything that is followed by a lower-case letter, as
+    what is said in a quotation is.
+    """
     text = " ".join(text.split())
-    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    ends = [match.end() for match in _MAYBE_AN_END.finditer(text) if _ends_a_sentence(match, text)]
     pieces = (text[start:end].strip() for start, end in zip([0, *ends], [*ends, len(text)], strict=True))
     return [piece for piece in pieces if piece]
+
+
+def _ends_a_sentence(match: re.Match, text: str) -> bool:
+    word, mark = match.groups()
+    is_initial = len(word) == 1 and word.isupper() and word != "I"
+    if mark == "." and (word in _ABBREVIATIONS or is_initial):
+        return False
+    return not text[match.end() : match.end() + 1].islower()
 
 
 def _up_to(found: Iterator[str], num_characters: int) -> Iterator[str]:

@@ -62,7 +62,9 @@ def draw_needles(num: int, rng: np.random.Generator, names: tuple[str, ...]) -> 
     Raises InputError when there are not as many names.
     """
     if num > len(names):
-        raise InputError(f"{num} needles were asked for; accepted: up to {len(names)}, one for each name; ask for fewer")
+        raise InputError(
+            f"{num} needles were asked for; accepted: up to {len(names)}, one for each name; ask for fewer"
+        )
     chosen = rng.permutation(len(names))[:num]
     colors = rng.integers(len(COLORS), size=num)
     return [Needle(names[i], COLORS[j]) for i, j in zip(chosen.tolist(), colors.tolist(), strict=True)]

@@ -33,21 +33,22 @@ class NeedlesRow:
 
 
 def build_needle_rows(results: Iterable[NeedlesResult]) -> list[NeedlesRow]:
-    """Ordered by setting, number of questions and name."""
+    """Ordered by setting, length of the document, number of questions and name."""
     results = sorted(results, key=_order)
     baselines = {_point(result): result for result in results if result.attention == BASELINE}
     return [_row(result, baselines.get(_point(result))) for result in results]
 
 
 def setting_of(result: NeedlesResult) -> tuple[str, ...]:
-    """What results that are compared have in common."""
+    """What the results of one table and one plot have in common."""
     environment = (str(result.environment.get(name, "unknown")) for name in ("device_name", "dtype", "world_size"))
-    sizes = (f"{result.num_document_tokens:09d}", str(result.num_needles), str(result.num_few_shot))
+    sizes = (str(result.num_needles), str(result.num_few_shot))
     return (result.sweep, result.model_name, *environment, *sizes, result.haystack, result.names, str(result.seed))
 
 
 def _point(result: NeedlesResult) -> tuple[object, ...]:
-    return (setting_of(result), result.questions.num_questions)
+    """What results that are compared have in common."""
+    return (setting_of(result), result.num_document_tokens, result.questions.num_questions)
 
 
 def _order(result: NeedlesResult) -> tuple[object, ...]:
@@ -86,7 +87,8 @@ def _read_token_ids(result: NeedlesResult) -> list[list[int]]:
 
 
 def print_needle_tables(rows: Sequence[NeedlesRow], console: "Console") -> None:
-    """Of each setting a table of accuracy and times, and one of accuracy by depth for the most questions of each run."""
+    """Of each setting a table of accuracy and times, and one of accuracy by depth for the most questions about each
+    document."""
     for _, group in groupby(rows, key=lambda row: setting_of(row.result)):
         members = list(group)
         console.print(needle_title(members[0].result), style="bold", markup=False, soft_wrap=True)
@@ -108,58 +110,64 @@ def needle_title(result: NeedlesResult) -> str:
     return (
         f"{Path(result.model_name).name}, {environment.get('dtype')} on {environment.get('device_name')}, "
         f"{ranks} rank{'s' * (ranks != 1)}: {result.num_needles} needles ({result.names} names) in "
-        f"{result.num_document_tokens:,} tokens of {result.haystack}{source}"
+        f"{result.haystack}{source}"
     )
 
 
 def _print_times(rows: Sequence[NeedlesRow], console: "Console") -> None:
     results = [row.result for row in rows]
     columns = {
-        "right (95% interval)": [_outcome(result) for result in results],
-        "as noshared\nanswers": [_same_answers(row) for row in rows],
+        "right\n(95% interval)": [_outcome(result) for result in results],
+        "answers as\nnoshared": [_same_answers(row) for row in rows],
         "prefill\nms": [format_number(min(result.prefill_ms, default=None), ",.1f") for result in results],
-        "first token\nms": [_median(result.first_token_ms) for result in results],
-        "the others\nms": [format_number(result.decode and result.decode.median, ",.1f") for result in results],
-        "vs noshared\nthe others": [row.vs_baseline.text if row.vs_baseline else MISSING for row in rows],
-        "all\nms": [format_number(result.answer and result.answer.median, ",.1f") for result in results],
-        "spread": [_spread(result) for result in results],
+        "first\nms": [_median(result.first_token_ms) for result in results],
+        "others\nms": [format_number(result.decode and result.decode.median, ",.1f") for result in results],
+        "others vs\nnoshared": [row.vs_baseline.text if row.vs_baseline else MISSING for row in rows],
+        "spread\nof all": [_spread(result) for result in results],
         "ms a\nquestion": [format_number(result.ms_per_question, ",.3g") for result in results],
         "at once": [_at_once(result) for result in results],
     }
     shown = {heading: values for heading, values in columns.items() if set(values) != {MISSING}}
-    table = _table("questions", "run", *shown)
+    table = _table("run", *shown)
     previous = None
     for index, result in enumerate(results):
-        count = result.questions.num_questions
-        if previous not in (None, count):
+        point = (f"{result.num_document_tokens:,}", str(result.questions.num_questions))
+        if previous not in (None, point):
             table.add_section()
-        where = "" if count == previous else str(count)
-        table.add_row(where, result.questions.name, *(values[index] for values in shown.values()))
-        previous = count
+        where = ("", "") if point == previous else point
+        table.add_row(*where, result.questions.name, *(values[index] for values in shown.values()))
+        previous = point
     console.print(table)
 
 
 def _print_depths(rows: Sequence[NeedlesRow], console: "Console") -> None:
-    largest: dict[str, NeedlesResult] = {}
-    for row in rows:  # ascending
-        if row.result.status == Status.OK:
-            largest[row.result.questions.name] = row.result
-    if not largest:
+    results = most_questions(row.result for row in rows if row.result.status == Status.OK)
+    if not results:
         return
     width = 100 // NUM_DEPTHS
-    table = _table("questions", "right, by depth", *(f"{i * width}-{(i + 1) * width}%" for i in range(NUM_DEPTHS)))
-    for name, result in largest.items():
+    table = _table("right, by depth", *(f"{i * width}-{(i + 1) * width}%" for i in range(NUM_DEPTHS)))
+    for result in results:
         shares = [format_number(one.share, ".0%") for one in result.accuracy_by_depth]
-        table.add_row(str(result.questions.num_questions), name, *shares)
+        sizes = (f"{result.num_document_tokens:,}", str(result.questions.num_questions))
+        table.add_row(*sizes, result.questions.name, *shares)
     console.print(table)
 
 
-def _table(count: str, name: str, *headings: str):
+def most_questions(results: Iterable[NeedlesResult]) -> list[NeedlesResult]:
+    """Of each run and each document the result with the most questions, by run, then length."""
+    largest: dict[tuple[str, int], NeedlesResult] = {}
+    for result in sorted(results, key=lambda result: result.questions):
+        largest[result.questions.name, result.num_document_tokens] = result
+    return [largest[key] for key in sorted(largest)]
+
+
+def _table(name: str, *headings: str):
     from rich import box  # here: rich.table takes longer to import than the rest of this module
     from rich.table import Table
 
     table = Table(box=box.HORIZONTALS, padding=(0, 1, 0, 0))
-    table.add_column(count, justify="right", no_wrap=True)
+    for heading in ("tokens", "asked"):
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column(name, no_wrap=True, overflow="fold")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -175,7 +183,6 @@ def _same_answers(row: NeedlesRow) -> str:
 
 
 def _median(times: Sequence[float]) -> str:
-
     return format_number(median(times), ",.1f") if times else MISSING
 
 
@@ -193,14 +200,14 @@ def _at_once(result: NeedlesResult) -> str:
 # ---- CSV
 
 _RESULT_COLUMNS = (
-    "sweep attention status haystack names num_characters num_document_tokens num_needles num_few_shot num_new_tokens "
+    "sweep attention status haystack names num_document_tokens num_needles num_few_shot num_new_tokens "
     "num_at_once ms_per_question seed run message"
 ).split()
 _ENVIRONMENT_COLUMNS = "device device_name dtype world_size num_threads git_revision".split()
 _DEPTHS = [f"accuracy_depth_{i}" for i in range(NUM_DEPTHS)]
 _COLUMNS = (
-    "name", "num_questions", "model", "accuracy", "accuracy_low", "accuracy_high", *_DEPTHS, "prefill_ms", "answer_ms",
-    "answer_spread", "first_token_ms", "decode_ms", "decode_spread", "vs_noshared", "vs_noshared_spread",
+    "name", "num_characters", "num_questions", "model", "accuracy", "accuracy_low", "accuracy_high", *_DEPTHS,
+    "prefill_ms", "answer_ms", "answer_spread", "first_token_ms", "decode_ms", "decode_spread", "vs_noshared", "vs_noshared_spread",
     "vs_noshared_same_run", "same_answers_as_noshared", "num_iters", "num_warmup", "peak_bytes",
     *_RESULT_COLUMNS, *_ENVIRONMENT_COLUMNS, "torch",
 )  # fmt: skip
@@ -212,11 +219,11 @@ def write_needle_csv(rows: Sequence[NeedlesRow], path: Path) -> None:
 
 
 def _csv_values(row: NeedlesRow) -> dict[str, object]:
-
     result, environment, ratio = row.result, row.result.environment, row.vs_baseline
     low, high = result.accuracy.interval
     return {
         "name": result.questions.name,
+        "num_characters": result.questions.num_characters,
         "num_questions": result.questions.num_questions,
         "model": result.model_name,
         "accuracy": result.accuracy.share,

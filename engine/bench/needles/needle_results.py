@@ -1,6 +1,7 @@
-"""The results of questions about a document: one file a number of questions, ``SAVE_DIR/NAME/{n}qs.yaml``.
+"""The results of questions about a document: a file for each number of questions about each length of document,
+``SAVE_DIR/NAME/{characters}c_{n}qs.yaml``.
 
-Beside it, ``{n}qs.answers.jsonl`` has every answer as it was generated.
+Beside it, ``{characters}c_{n}qs.answers.jsonl`` has every answer as it was generated.
 """
 
 from collections.abc import Sequence
@@ -17,13 +18,15 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, order=True)
 class Questions:
-    """``name`` is that of the run, such as its attention method."""
+    """``name`` is that of the run, such as its attention method; ``num_characters`` is what was asked for, around the
+    needles."""
 
     name: str
+    num_characters: int
     num_questions: int
 
     def path(self, outdir: Path) -> Path:
-        return outdir / self.name / f"{self.num_questions}qs.yaml"
+        return outdir / self.name / f"{self.num_characters}c_{self.num_questions}qs.yaml"
 
     def answers_path(self, outdir: Path) -> Path:
         return self.path(outdir).with_suffix(".answers.jsonl")
@@ -41,7 +44,6 @@ class NeedlesResult:
     environment: dict[str, Any]  # as from describe_environment
     haystack: str
     names: str  # which ones the needles have: "seen" or "unseen" by the shipped model in training
-    num_characters: int  # of the document
     num_document_tokens: int  # with the examples: what all questions share
     num_needles: int
     num_few_shot: int
@@ -98,7 +100,10 @@ class NeedlesResult:
         outcome = str(self.status)
         if self.answer is not None:
             outcome = f"{self.accuracy.text} right, {self.answer.median:.1f} ms"
-        return f"{self.questions.name}: {self.questions.num_questions} questions about one document: {outcome}; times in ms"
+        return (
+            f"{self.questions.name}: {self.questions.num_questions} questions about {self.num_document_tokens:,} tokens"
+            f": {outcome}"
+        )
 
 
 NEEDLE_FILES = ResultFiles(Kind.NEEDLES, SCHEMA_VERSION, NeedlesResult, key="questions")

@@ -25,25 +25,27 @@ from engine.tokenizer import Tokenizer
 
 OnStep = Callable[[], None]
 # What results of one name have in common, beside what those of passkeys have in common too.
-_OF_DOCUMENT = ("names", "num_characters", "num_document_tokens", "num_needles", "num_few_shot")
+_OF_DOCUMENT = ("names", "num_document_tokens", "num_needles", "num_few_shot")
 
 
 class NeedleSweep:
     """One document, and what is asked about it."""
 
-    def __init__(self, settings: Settings, tokenizer: Tokenizer, config: ModelConfig, group: TPGroup):
+    def __init__(
+        self, settings: Settings, num_characters: int, tokenizer: Tokenizer, config: ModelConfig, group: TPGroup
+    ):
         self._settings, self._tokenizer, self._group = settings, tokenizer, group
-        self._document = settings.document
-        self._tokens = tokenizer.encode(self._document.prompt)
-        most = self._document.ask(max(settings.question_counts))
+        self.num_characters, self.document = num_characters, settings.document(num_characters)
+        self._tokens = tokenizer.encode(self.document.prompt)
+        most = self.document.ask(max(settings.question_counts))
         self._questions = [tokenizer.encode(one.needle.question, add_special_tokens=False) for one in most]
         self._longest = len(self._tokens) + max(map(len, self._questions)) + NUM_NEW_TOKENS
         self._environment = describe_environment(group.device, config.dtype, group.size, settings.execution)
         self._run = group.broadcast(uuid.uuid4().hex[:12])
         if self._longest > config.max_positions:
             raise InputError(
-                f"the document, its examples and a question with its answer take {self._longest:,} tokens; accepted: up "
-                f"to {config.max_positions:,}, the model's positions; use a shorter --base-prompt-string-length"
+                f"the document, its examples and a question with its answer take {self._longest:,} tokens; accepted: "
+                f"up to {config.max_positions:,}, the model's positions; use a shorter --base-prompt-string-length"
             )
 
     @property
@@ -79,7 +81,8 @@ class NeedleSweep:
         """Asks with every one of ``askers``, in turns; on rank 0 results and answers are written."""
         outdir, group = self._settings.outdir, self._group
         blanks = {asker.method: self._blank(asker.method, num_questions) for asker in askers}
-        what, remedy = f"{num_questions} questions", "use a shorter document or more ranks"
+        what = f"{num_questions} questions about {len(self._tokens):,} tokens"
+        remedy = "use a shorter document or more ranks"
         try:
             with recorded_when_out_of_memory(NEEDLE_FILES, outdir, list(blanks.values()), group, what, remedy):
                 results, answers = self._measure(askers, blanks, num_questions, on_step)
@@ -99,7 +102,7 @@ class NeedleSweep:
         self, askers: Sequence[Asker], blanks: dict[str, NeedlesResult], num_questions: int, on_step: OnStep
     ) -> tuple[list[NeedlesResult], dict[str, list[dict[str, Any]]]]:
         settings, group = self._settings, self._group
-        questions, asked = self._questions[:num_questions], self._document.ask(num_questions)
+        questions, asked = self._questions[:num_questions], self.document.ask(num_questions)
         times: dict[str, _Times] = {asker.method: _Times() for asker in askers}
         found: dict[str, tuple[list[tuple[int, ...]], int]] = {}
         with PeakMemory(group.device) as peak:
@@ -109,7 +112,9 @@ class NeedleSweep:
                 on_step()
             order = random.Random(settings.seed)  # the same on every rank
             for round_number in range(settings.num_warmup + settings.num_iters):
-                turns = [(asker, one) for asker in askers for one in (True, False) if one or settings.measure_first_token]
+                turns = [
+                    (asker, one) for asker in askers for one in (True, False) if one or settings.measure_first_token
+                ]
                 order.shuffle(turns)  # in a fixed order whatever comes first would always meet the same caches
                 for asker, whole in turns:
                     num_tokens = NUM_NEW_TOKENS if whole else 1
@@ -140,9 +145,9 @@ class NeedleSweep:
 
     def _blank(self, method: str, num_questions: int) -> NeedlesResult:
         """What is known of a result before it is measured."""
-        settings, document = self._settings, self._document
+        settings, document = self._settings, self.document
         return NeedlesResult(
-            questions=Questions(settings.run_name(method), num_questions),
+            questions=Questions(settings.run_name(method), self.num_characters, num_questions),
             status=Status.OK,
             model_name=settings.model.name,
             attention=method,
@@ -150,7 +155,6 @@ class NeedleSweep:
             environment=self._environment,
             haystack=document.haystack,
             names=settings.names,
-            num_characters=document.num_characters,
             num_document_tokens=len(self._tokens),
             num_needles=len(document.needles),
             num_few_shot=document.num_examples,

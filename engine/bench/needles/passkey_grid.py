@@ -35,7 +35,7 @@ class PasskeyGrid:
         if match is None:
             raise InputError(
                 f"passkey grid {text!r} is not understood; accepted: WORDSwords_LENGTHSxDEPTHSxREPEATS_NUMBERdigits, "
-                f"such as 20480words_10x10x3_7digits; lengths begin at {_MIN_WORDS} words, or where 1024:20480words says"
+                f"such as 20480words_10x10x3_7digits; they begin at {_MIN_WORDS} words, or where 1024:20480words says"
             )
         low, high, *sizes = (None if group is None else int(group) for group in match.groups())
         if not all((high, *sizes)) or low == 0:
@@ -52,7 +52,7 @@ class PasskeyGrid:
             )
         if grid.num_probes > _MAX_PROBES:
             raise InputError(
-                f"passkey grid {text!r} has {grid.num_probes:,} prompts; accepted: {_MAX_PROBES:,} at most; make it smaller"
+                f"passkey grid {text!r} has {grid.num_probes:,} prompts; accepted: {_MAX_PROBES:,} at most; use fewer"
             )
         return grid
 

@@ -30,7 +30,9 @@ def draw_passkeys(grids: Sequence[Sequence[PasskeyResult]]) -> bytes:
 def _draw_grid(axes: Axes, grid: Sequence[PasskeyResult]) -> None:
     shares = np.array([[count / result.num_repeats for count in result.exact_by_depth] for result in grid]).T
     image = axes.imshow(shares, cmap=SHARES, vmin=0, vmax=1, aspect="auto")
-    axes.set_xticks(range(len(grid)), [f"{result.length.num_words}\n({result.num_tokens})" for result in grid], fontsize=8)
+    axes.set_xticks(
+        range(len(grid)), [f"{result.length.num_words}\n({result.num_tokens})" for result in grid], fontsize=8
+    )
     axes.set_yticks(range(len(grid[0].depths)), [f"{depth:.0%}" for depth in grid[0].depths], fontsize=8)
     axes.set_xlabel("words of text (tokens of the prompt)")
     axes.set_ylabel("depth of the passkey")
@@ -39,5 +41,7 @@ def _draw_grid(axes: Axes, grid: Sequence[PasskeyResult]) -> None:
             axes.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=7, color="#222222")
     exact, partial = overall(grid)
     name, _, rest = passkey_title(grid).partition(": ")
-    axes.set_title(f"{name}: exact {exact.text}, partial {partial.share:.1%}\n{rest}", fontsize=9, loc="left", wrap=True)
+    axes.set_title(
+        f"{name}: exact {exact.text}, partial {partial.share:.1%}\n{rest}", fontsize=9, loc="left", wrap=True
+    )
     axes.figure.colorbar(image, ax=axes, label="exact matches", format=lambda share, _: f"{share:.0%}")

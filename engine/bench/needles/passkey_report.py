@@ -41,7 +41,15 @@ def overall(grid: Sequence[PasskeyResult]) -> tuple[Accuracy, Accuracy]:
 def _setting(result: PasskeyResult) -> tuple[str, ...]:
     environment = (str(result.environment.get(name, "unknown")) for name in ("device_name", "dtype", "world_size"))
     sizes = (str(result.num_digits), str(result.num_repeats), str(tuple(result.depths)))
-    return (result.sweep, result.model_name, *environment, *sizes, result.haystack, str(result.seed), result.length.name)
+    return (
+        result.sweep,
+        result.model_name,
+        *environment,
+        *sizes,
+        result.haystack,
+        str(result.seed),
+        result.length.name,
+    )
 
 
 # ---- table
@@ -53,7 +61,9 @@ def print_passkey_tables(results: Iterable[PasskeyResult], console: "Console") -
         console.print(passkey_title(grid), style="bold", markup=False, soft_wrap=True)
         _print_grid(grid, console)
         exact, partial = overall(grid)
-        console.print(f"all lengths: exact {exact.text}, partial {format_number(partial.share, '.1%')}", highlight=False)
+        console.print(
+            f"all lengths: exact {exact.text}, partial {format_number(partial.share, '.1%')}", highlight=False
+        )
         for result in grid:
             if result.status != Status.OK and result.message:
                 where = result.length.path(Path())
@@ -100,14 +110,22 @@ def _grid_lines(grid: Sequence[PasskeyResult]) -> Iterator[dict[str, object]]:
             yield _line(result, depth, Accuracy(exact, repeats), Accuracy(partial, repeats))
         yield _line(result, "all", result.exact, result.partial)
     exact, partial = overall(grid)
-    yield _line(grid[0], "all", exact, partial) | {"num_words": "all", "num_tokens": None, "status": None, "message": None}
+    yield _line(grid[0], "all", exact, partial) | {
+        "num_words": "all",
+        "num_tokens": None,
+        "status": None,
+        "message": None,
+    }
 
 
 def _line(result: PasskeyResult, depth: float | str, exact: Accuracy, partial: Accuracy) -> dict[str, object]:
     environment = result.environment
     low, high = exact.interval if exact.num_asked else (None, None)
     return {
-        **{name: getattr(result, name) for name in ("sweep", "attention", "num_tokens", "num_digits", "haystack", "seed")},
+        **{
+            name: getattr(result, name)
+            for name in ("sweep", "attention", "num_tokens", "num_digits", "haystack", "seed")
+        },
         **{name: environment.get(name) for name in ("device", "device_name", "dtype", "world_size", "git_revision")},
         "name": result.length.name,
         "model": result.model_name,

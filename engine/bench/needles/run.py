@@ -22,31 +22,38 @@ class _Plan:
         config, model = settings.model.config(), settings.model
         folder = resolve_model(model.name, model.revision, weights=False) if model.tp_dir is None else model.tp_dir
         tokenizer = Tokenizer.from_folder(folder)
-        self.needles = NeedleSweep(settings, tokenizer, config, group)
-        self.passkeys = None if settings.grid is None else PasskeySweep(settings, settings.grid, tokenizer, config, group)
+        self.needles = [NeedleSweep(settings, n, tokenizer, config, group) for n in settings.document_lengths]
+        self.passkeys = (
+            None if settings.grid is None else PasskeySweep(settings, settings.grid, tokenizer, config, group)
+        )
 
-        def left() -> tuple[dict[int, list[str]], dict[str, list[int]]]:
-            counts = {n: self.needles.unfinished(n) for n in settings.question_counts}
+        def left() -> tuple[list[dict[int, list[str]]], dict[str, list[int]]]:
+            counts = [{n: sweep.unfinished(n) for n in settings.question_counts} for sweep in self.needles]
             lengths = {} if self.passkeys is None else {m: self.passkeys.unfinished(m) for m in settings.attention}
             return counts, lengths
 
+        # For each document, and each number of questions, the methods that have no result; of passkeys, the lengths.
         self.counts, self.lengths = group.on_rank_0(left)
 
 
 def print_plan(settings: Settings, group: TPGroup, console: Console) -> None:
     """What a run would do. Runs nothing, loads no weights, writes nothing."""
-    plan, document = _Plan(settings, group), settings.document
-    console.print(
-        f"{settings.model.name}: {len(document.needles)} needles in {document.num_characters:,} characters of "
-        f"{document.haystack}; with {settings.num_few_shot} examples {plan.needles.num_document_tokens:,} tokens, "
-        f"{plan.needles.num_sequence_tokens:,} with a question and its answer",
-        soft_wrap=True,
-    )
-    for count, methods in plan.counts.items():
-        console.print(f"{count} questions: {', '.join(methods) or 'there already'}")
+    plan = _Plan(settings, group)
+    for sweep, counts in zip(plan.needles, plan.counts, strict=True):
+        document = sweep.document
+        console.print(
+            f"{settings.model.name}: {len(document.needles)} needles in {document.num_characters:,} characters of "
+            f"{document.haystack}; with {settings.num_few_shot} examples {sweep.num_document_tokens:,} tokens, "
+            f"{sweep.num_sequence_tokens:,} with a question and its answer",
+            soft_wrap=True,
+        )
+        for count, methods in counts.items():
+            console.print(f"{count} questions: {', '.join(methods) or 'there already'}")
     for method, lengths in plan.lengths.items():
         words = ", ".join(map(str, lengths))
-        console.print(f"passkeys, {method}: {f'texts of {words} words' if lengths else 'there already'}", soft_wrap=True)
+        console.print(
+            f"passkeys, {method}: {f'texts of {words} words' if lengths else 'there already'}", soft_wrap=True
+        )
 
 
 def run_needles(settings: Settings, group: TPGroup, console: Console) -> None:
@@ -56,24 +63,26 @@ def run_needles(settings: Settings, group: TPGroup, console: Console) -> None:
     memory runs out.
     """
     plan = _Plan(settings, group)
-    todo = {count: methods for count, methods in plan.counts.items() if methods}
+    todo = [
+        (sweep, count, methods)
+        for sweep, counts in zip(plan.needles, plan.counts, strict=True)
+        for count, methods in counts.items()
+    ]
+    left = [one for one in todo if one[2]]
     lengths = {method: words for method, words in plan.lengths.items() if words}
-    skipped = len(plan.counts) - len(todo)
-    if skipped:
-        console.print(f"{skipped} of {len(plan.counts)} numbers of questions have results and are skipped.")
-    if not todo and not lengths:
+    if len(left) < len(todo):
+        console.print(f"{len(todo) - len(left)} of {len(todo)} numbers of questions have results and are skipped.")
+    if not left and not lengths:
         return
     console.print(f"Loading {settings.model.name} ...", soft_wrap=True)
     options = settings.model
-    model = load_model(
-        options.name, group, tp_dir=options.tp_dir, dtype=options.dtype, revision=options.revision
-    ).model
+    model = load_model(options.name, group, tp_dir=options.tp_dir, dtype=options.dtype, revision=options.revision).model
     most = max(settings.question_counts)
     askers = {method: Asker(method, model, settings.execution, most) for method in settings.attention}
-    for count, methods in todo.items():
+    for sweep, count, methods in left:
         with progress_bar(console) as progress:
-            task = progress.add_task(f"{count} questions", total=plan.needles.num_steps(len(methods)))
-            results = plan.needles.run([askers[m] for m in methods], count, lambda: progress.advance(task))
+            task = progress.add_task(f"{count} questions", total=sweep.num_steps(len(methods)))
+            results = sweep.run([askers[m] for m in methods], count, lambda: progress.advance(task))
         for result in results:
             console.print(result.headline, soft_wrap=True)
     for method, words in lengths.items():

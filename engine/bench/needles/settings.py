@@ -23,20 +23,24 @@ _CHARACTERS_A_WORD = 8  # of a haystack, at most on average
 
 @dataclass(frozen=True)
 class Settings:
-    """Questions are asked by each method of ``attention``, turn by turn; a grid too, one after another."""
+    """Questions are asked by each method of ``attention``, turn by turn; a grid too, one after another.
+
+    ``haystack_start`` is the fraction of the file's sentences that documents leave out, before they begin.
+    """
 
     outdir: Path
     save_name: str | None
     model: ModelOptions
     attention: tuple[str, ...]
     question_counts: tuple[int, ...]
-    num_characters: int
+    document_lengths: tuple[int, ...]  # in characters
     num_few_shot: int
     num_iters: int
     num_warmup: int
     measure_first_token: bool
     grid: PasskeyGrid | None
     haystack_file: Path | None = None
+    haystack_start: float = 0.0
     names: str = "seen"
     seed: int = 0
     execution: Execution = field(default_factory=Execution)
@@ -49,9 +53,17 @@ class Settings:
             raise InputError(f"attention {','.join(self.attention)} names a method twice; accepted: each once")
         if self.names not in NAMES:
             raise InputError(f"names {self.names!r} are not known; accepted: {', '.join(NAMES)}")
-        if self.save_name is not None and (Path(self.save_name).name != self.save_name or self.save_name.startswith(".")):
+        if self.haystack_start and self.haystack_file is None:
             raise InputError(
-                f"save name {self.save_name!r} cannot be a folder in the save directory; accepted: a plain name; use another"
+                f"--haystack-start {self.haystack_start:g} was given without --haystack-file; accepted: both, or "
+                "neither; leave it out, or name the file"
+            )
+        if self.save_name is not None and (
+            Path(self.save_name).name != self.save_name or self.save_name.startswith(".")
+        ):
+            raise InputError(
+                f"save name {self.save_name!r} cannot be a folder in the save directory; accepted: a plain name; "
+                "use another"
             )
 
     def run_name(self, method: str) -> str:
@@ -64,12 +76,12 @@ class Settings:
     def haystack(self) -> Haystack:
         """Raises InputError when its file cannot be used."""
         if self.haystack_file is not None:
-            return read_haystack(self.haystack_file)
+            return read_haystack(self.haystack_file, self.haystack_start)
         words = 0 if self.grid is None else self.grid.max_words
-        return generated_haystack(self.seed, max(self.num_characters, words * _CHARACTERS_A_WORD))
+        return generated_haystack(self.seed, max(*self.document_lengths, words * _CHARACTERS_A_WORD))
 
-    @cached_property
-    def document(self) -> Document:
+    def document(self, num_characters: int) -> Document:
+        """Raises InputError when there are not enough names for the examples, or the haystack is too short."""
         names = names_for_training() if self.names == "seen" else held_out_names()
         num_needles = min(max(self.question_counts), MAX_NEEDLES, len(names) - self.num_few_shot)
         if num_needles < 1:
@@ -77,4 +89,4 @@ class Settings:
                 f"{self.num_few_shot} examples were asked for; accepted: up to {len(names) - 1}, as there are "
                 f"{len(names)} names; use fewer"
             )
-        return make_document(self.haystack, self.num_characters, num_needles, self.num_few_shot, names, self.seed)
+        return make_document(self.haystack, num_characters, num_needles, self.num_few_shot, names, self.seed)

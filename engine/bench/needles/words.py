@@ -97,7 +97,9 @@ INTRANSITIVE_VERBS = tuple(
     """.split()
 )
 
-PREPOSITIONS = tuple("above across against along around at behind below beside beyond by in near on over past under".split())
+PREPOSITIONS = tuple(
+    "above across against along around at behind below beside beyond by in near on over past under".split()
+)
 
 ADVERBS = tuple(
     """
