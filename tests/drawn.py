@@ -3,9 +3,11 @@
 import pytest
 
 
-def keep_figures(monkeypatch: pytest.MonkeyPatch, module) -> list:
-    """The figures that ``module`` draws from now on, to be looked into."""
+def keep_figures(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The figures that are drawn from now on, to be looked into."""
     from matplotlib.figure import Figure
+
+    from engine.bench import png
 
     drawn = []
 
@@ -14,5 +16,5 @@ def keep_figures(monkeypatch: pytest.MonkeyPatch, module) -> list:
             super().__init__(*args, **kwargs)
             drawn.append(self)
 
-    monkeypatch.setattr(module, "Figure", Kept)
+    monkeypatch.setattr(png, "Figure", Kept)
     return drawn

@@ -1,7 +1,6 @@
 """Draws a microbenchmark as the Hydragen paper's figures 5 and 8: time, and speed-up over the baseline, against the
 number of unique keys; or of shared ones, where the unique ones do not vary."""
 
-import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +8,11 @@ from itertools import groupby
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import SubFigure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, SymmetricalLogLocator
 
 from engine.bench.micro_report import MicroRow, setting_of
+from engine.bench.png import new_figure, to_png
 from engine.bench.timing import HIGH_SPREAD, summarize
 
 # A fixed colour a mode, so that two reports can be laid side by side; the colour-blind can tell them apart.
@@ -61,14 +61,11 @@ def draw_micro(rows: Sequence[MicroRow]) -> bytes:
     groups = [list(group) for _, group in groupby(sorted(rows, key=_group_key), key=_group_key)]
     num_rows = [-(-_num_panels(group) // _COLUMNS) for group in groups]
     width, height = _PANEL_SIZE
-    size = (width * _COLUMNS, height * sum(num_rows) + 0.7 * len(groups))
-    figure = Figure(figsize=size, dpi=130, layout="constrained")
+    figure = new_figure(width * _COLUMNS, height * sum(num_rows) + 0.7 * len(groups))
     parts = figure.subfigures(len(groups), squeeze=False, height_ratios=num_rows)[:, 0]
     for part, group in zip(parts, groups, strict=True):
         _draw_group(part, group)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.15)
-    return buffer.getvalue()
+    return to_png(figure)
 
 
 def _group_key(row: MicroRow) -> tuple[object, ...]:

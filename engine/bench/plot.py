@@ -1,15 +1,15 @@
 """Draws a sweep: throughput against batch size and against prefix length, both on log axes, one line a mode."""
 
-import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import SubFigure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from engine.bench.png import new_figure, to_png
 from engine.bench.results import CellResult
 from engine.bench.timing import HIGH_SPREAD
 
@@ -41,8 +41,7 @@ class Comparison:
 def draw(comparisons: Sequence[Comparison]) -> bytes:
     """The plot as a PNG, one row of two panels a comparison; one in which no cell has a throughput is left out."""
     comparisons = [c for c in comparisons if any(r.tokens_per_second is not None for r in c.results)]
-    # A bare Figure draws through Agg: no display is needed, and no pyplot state is left behind.
-    figure = Figure(figsize=(12, 4.8 * max(1, len(comparisons))), dpi=130, layout="constrained")
+    figure = new_figure(12, 4.8 * max(1, len(comparisons)))
     panels = []
     if comparisons:
         for part, comparison in zip(figure.subfigures(len(comparisons), squeeze=False)[:, 0], comparisons, strict=True):
@@ -52,9 +51,7 @@ def draw(comparisons: Sequence[Comparison]) -> bytes:
     figure.draw_without_rendering()  # settles the height of the axes, which the labels' positions need
     for axes, labels in panels:
         _label_lines(axes, labels)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.15)
-    return buffer.getvalue()
+    return to_png(figure)
 
 
 _Labels = list[tuple[str, str, float]]

@@ -1,18 +1,18 @@
 """Draws questions about documents: the time that each takes against their number, and where answers are right."""
 
-import io
 from collections.abc import Sequence
 from itertools import groupby
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import SubFigure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from engine.bench.needles.document import NUM_DEPTHS
+from engine.bench.needles.heat_map import draw_shares
 from engine.bench.needles.needle_report import most_questions, needle_title, setting_of
 from engine.bench.needles.needle_results import NeedlesResult
-from engine.bench.needles.passkey_plot import SHARES
+from engine.bench.png import new_figure, to_png
 
 # A fixed colour a method, so that two reports can be laid side by side; the colour-blind can tell them apart.
 _COLORS = {"hydragen": "#0072B2", "auto": "#117733", "hydragen_noshared": "#D55E00", "noattention": "#444444"}
@@ -23,15 +23,12 @@ _DASHES = ("-", "--", ":", "-.")
 def draw_needles(results: Sequence[NeedlesResult]) -> bytes:
     """The plot as a PNG, one row of two panels a setting. ``results`` have times and are ordered by setting."""
     settings = [list(group) for _, group in groupby(results, key=setting_of)]
-    # A bare Figure draws through Agg: no display is needed, and no pyplot state is left behind.
     heights = [max(4.6, 1.6 + 0.62 * len(most_questions(group))) for group in settings]
-    figure = Figure(figsize=(12.5, sum(heights)), dpi=130, layout="constrained")
+    figure = new_figure(12.5, sum(heights))
     parts = figure.subfigures(len(settings), squeeze=False, height_ratios=heights)[:, 0]
     for part, group in zip(parts, settings, strict=True):
         _draw_setting(part, group)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.15)
-    return buffer.getvalue()
+    return to_png(figure)
 
 
 def _draw_setting(part: SubFigure, results: Sequence[NeedlesResult]) -> None:
@@ -85,14 +82,11 @@ def _draw_times(axes: Axes, results: Sequence[NeedlesResult]) -> None:
 
 def _draw_depths(axes: Axes, runs: Sequence[NeedlesResult]) -> None:
     """A heat map of depth against length: a line of cells a run and document, for the most questions about it."""
-    shares = np.array([[np.nan if one.share is None else one.share for one in run.accuracy_by_depth] for run in runs])
-    image = axes.imshow(shares, cmap=SHARES, vmin=0, vmax=1, aspect="auto")
-    for (row, column), share in np.ndenumerate(shares):
-        axes.text(column, row, "-" if np.isnan(share) else f"{share:.0%}", ha="center", va="center", fontsize=7.5)
+    shares = [[np.nan if one.share is None else one.share for one in run.accuracy_by_depth] for run in runs]
+    draw_shares(axes, shares, "right answers")
     labels = [f"{_label(run)}\n{run.questions.num_questions} questions: {run.accuracy.text}" for run in runs]
     axes.set_yticks(range(len(runs)), labels, fontsize=8)
     axes.set_xticks(
         np.arange(NUM_DEPTHS + 1) - 0.5, [f"{100 * i // NUM_DEPTHS}%" for i in range(NUM_DEPTHS + 1)], fontsize=8
     )
     axes.set_xlabel("where in the document the needle is")
-    axes.figure.colorbar(image, ax=axes, label="right answers", format=lambda share, _: f"{share:.0%}")

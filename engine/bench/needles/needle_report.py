@@ -207,8 +207,8 @@ _ENVIRONMENT_COLUMNS = "device device_name dtype world_size num_threads git_revi
 _DEPTHS = [f"accuracy_depth_{i}" for i in range(NUM_DEPTHS)]
 _COLUMNS = (
     "name", "num_characters", "num_questions", "model", "accuracy", "accuracy_low", "accuracy_high", *_DEPTHS,
-    "prefill_ms", "answer_ms", "answer_spread", "first_token_ms", "decode_ms", "decode_spread", "vs_noshared", "vs_noshared_spread",
-    "vs_noshared_same_run", "same_answers_as_noshared", "num_iters", "num_warmup", "peak_bytes",
+    "prefill_ms", "answer_ms", "answer_spread", "first_token_ms", "decode_ms", "decode_spread", "vs_noshared",
+    "vs_noshared_spread", "vs_noshared_same_run", "same_answers_as_noshared", "num_iters", "num_warmup", "peak_bytes",
     *_RESULT_COLUMNS, *_ENVIRONMENT_COLUMNS, "torch",
 )  # fmt: skip
 

@@ -37,7 +37,8 @@ class PasskeySweep:
         if len(longest) + self.num_new_tokens > config.max_positions:
             raise InputError(
                 f"a passkey prompt of {grid.max_words} words and its answer take "
-                f"{len(longest) + self.num_new_tokens:,} tokens; accepted: up to {config.max_positions:,}, the model's positions; use a smaller --passkey-grid"
+                f"{len(longest) + self.num_new_tokens:,} tokens; accepted: up to "
+                f"{config.max_positions:,}, the model's positions; use a smaller --passkey-grid"
             )
 
     def unfinished(self, method: str) -> list[int]:

@@ -4,33 +4,34 @@
 NAMES = tuple(
     """
     Aaron Abel Abigail Ada Adam Adela Adrian Agnes Aidan Alan Alba Albert Alfred Alice Alma Amanda Amber Amos Amy Ana
-    Andrea Andrew Angela Anita Anna Anthony Anton April Archie Ariel Arlo Arnold Arthur Asher Astrid Audrey August Aurora
-    Austin Ava Barbara Barney Basil Beatrice Becky Bella Benjamin Bernard Bertha Beth Betty Bianca Blake Bonnie Boris
-    Brenda Brian Bridget Bruce Bruno Bryan Buddy Caleb Calvin Camilla Carl Carla Carlos Carmen Caroline Carter Casper
-    Cecil Celia Charles Charlotte Chester Chloe Christina Clara Clarence Claude Clement Cleo Clyde Colin Connor Conrad
-    Cora Cosmo Craig Curtis Cynthia Cyrus Daisy Dale Damian Daniel Daphne Darius David Dean Deborah Della Denise Dennis
-    Derek Dexter Diana Diego Dolores Dominic Donald Donna Dora Doris Douglas Duncan Dylan Earl Edgar Edith Edmund Edward
-    Edwin Eileen Elaine Eleanor Eli Elias Elijah Elizabeth Ella Ellen Elmer Eloise Elsa Elton Elvira Emil Emily Emma
-    Enzo Eric Ernest Esther Ethan Eugene Eva Evan Evelyn Ezra Felix Fergus Fiona Flora Florence Floyd Frances Frank Fred
-    Freya Gabriel Gail Garth Gavin Gemma Geoffrey George Gerald Gilbert Gina Glen Gloria Gordon Grace Graham Grant Greta
-    Griffin Gus Gustav Guy Hannah Hans Harold Harriet Harry Harvey Hazel Hector Heidi Helen Henry Herbert Herman Homer
-    Horace Howard Hubert Hugo Ian Ida Ingrid Irene Iris Irma Isaac Isabel Ivan Ivy Jack Jacob James Jane Janet Jasmine
-    Jason Jasper Jean Jeffrey Jenny Jeremy Jerome Jesse Jill Joan Joel John Jonah Jonas Jordan Joseph Josephine Joshua
-    Joy Joyce Juan Judith Julia Julian Julius June Justin Karen Karl Kate Katherine Keith Kenneth Kevin Kira Kurt Kyle
-    Lance Lara Laura Lauren Lawrence Leah Lena Leo Leon Leonard Leroy Leslie Lester Levi Lewis Liam Lillian Linda Lionel
-    Lisa Logan Lois Lola Lorenzo Louis Louise Lucas Lucia Lucy Luis Luke Luna Luther Lydia Mabel Madeline Magnus Malcolm
-    Marcel Marcus Margaret Maria Marie Marion Mark Martha Martin Mary Matilda Matthew Maurice Maximilian Maya Melissa
-    Mercy Michael Miguel Mildred Miles Millie Milo Minnie Miranda Miriam Mitchell Molly Monica Morgan Moses Muriel Myles
-    Nadia Nancy Naomi Natalie Nathan Neil Nelson Nestor Nicholas Nina Noah Noel Nora Norman Olga Olive Oliver Olivia
-    Omar Opal Orlando Oscar Otis Otto Owen Pablo Pamela Patricia Patrick Paul Paula Pauline Pearl Pedro Peggy Penelope
-    Percy Peter Philip Phoebe Phyllis Polly Preston Priscilla Quentin Quincy Rachel Ralph Ramona Randall Raphael Raymond
-    Rebecca Regina Reuben Rhoda Richard Rita Robert Robin Roderick Rodney Roger Roland Roman Ronald Rory Rosalie Rosa
-    Roscoe Rose Rowan Roxanne Roy Ruby Rufus Rupert Russell Ruth Ryan Sabrina Sadie Sally Samantha Samson Samuel Sandra
-    Sara Saul Scott Sean Sebastian Selma Serena Seth Seymour Sharon Sheila Shirley Sidney Sigmund Silas Silvia Simon
-    Sofia Solomon Sonia Sophie Spencer Stanley Stella Stephen Stuart Susan Suzanne Sven Sybil Tamara Tanya Teresa
-    Terence Thaddeus Thelma Theodore Thomas Timothy Tina Tobias Toby Todd Tracy Tristan Trudy Tyler Ulrich Una Ursula
-    Valerie Vanessa Vera Vernon Veronica Victor Vincent Viola Violet Virgil Vivian Vladimir Wallace Walter Wanda Warren
-    Wayne Wendy Wesley Wilbur Wilfred Willa William Winston Xavier Yolanda Yvonne Zachary Zelda Zoe
+    Andrea Andrew Angela Anita Anna Anthony Anton April Archie Ariel Arlo Arnold Arthur Asher Astrid Audrey August
+    Aurora Austin Ava Barbara Barney Basil Beatrice Becky Bella Benjamin Bernard Bertha Beth Betty Bianca Blake Bonnie
+    Boris Brenda Brian Bridget Bruce Bruno Bryan Buddy Caleb Calvin Camilla Carl Carla Carlos Carmen Caroline Carter
+    Casper Cecil Celia Charles Charlotte Chester Chloe Christina Clara Clarence Claude Clement Cleo Clyde Colin Connor
+    Conrad Cora Cosmo Craig Curtis Cynthia Cyrus Daisy Dale Damian Daniel Daphne Darius David Dean Deborah Della Denise
+    Dennis Derek Dexter Diana Diego Dolores Dominic Donald Donna Dora Doris Douglas Duncan Dylan Earl Edgar Edith
+    Edmund Edward Edwin Eileen Elaine Eleanor Eli Elias Elijah Elizabeth Ella Ellen Elmer Eloise Elsa Elton Elvira Emil
+    Emily Emma Enzo Eric Ernest Esther Ethan Eugene Eva Evan Evelyn Ezra Felix Fergus Fiona Flora Florence Floyd
+    Frances Frank Fred Freya Gabriel Gail Garth Gavin Gemma Geoffrey George Gerald Gilbert Gina Glen Gloria Gordon
+    Grace Graham Grant Greta Griffin Gus Gustav Guy Hannah Hans Harold Harriet Harry Harvey Hazel Hector Heidi Helen
+    Henry Herbert Herman Homer Horace Howard Hubert Hugo Ian Ida Ingrid Irene Iris Irma Isaac Isabel Ivan Ivy Jack
+    Jacob James Jane Janet Jasmine Jason Jasper Jean Jeffrey Jenny Jeremy Jerome Jesse Jill Joan Joel John Jonah Jonas
+    Jordan Joseph Josephine Joshua Joy Joyce Juan Judith Julia Julian Julius June Justin Karen Karl Kate Katherine
+    Keith Kenneth Kevin Kira Kurt Kyle Lance Lara Laura Lauren Lawrence Leah Lena Leo Leon Leonard Leroy Leslie Lester
+    Levi Lewis Liam Lillian Linda Lionel Lisa Logan Lois Lola Lorenzo Louis Louise Lucas Lucia Lucy Luis Luke Luna
+    Luther Lydia Mabel Madeline Magnus Malcolm Marcel Marcus Margaret Maria Marie Marion Mark Martha Martin Mary
+    Matilda Matthew Maurice Maximilian Maya Melissa Mercy Michael Miguel Mildred Miles Millie Milo Minnie Miranda
+    Miriam Mitchell Molly Monica Morgan Moses Muriel Myles Nadia Nancy Naomi Natalie Nathan Neil Nelson Nestor Nicholas
+    Nina Noah Noel Nora Norman Olga Olive Oliver Olivia Omar Opal Orlando Oscar Otis Otto Owen Pablo Pamela Patricia
+    Patrick Paul Paula Pauline Pearl Pedro Peggy Penelope Percy Peter Philip Phoebe Phyllis Polly Preston Priscilla
+    Quentin Quincy Rachel Ralph Ramona Randall Raphael Raymond Rebecca Regina Reuben Rhoda Richard Rita Robert Robin
+    Roderick Rodney Roger Roland Roman Ronald Rory Rosalie Rosa Roscoe Rose Rowan Roxanne Roy Ruby Rufus Rupert Russell
+    Ruth Ryan Sabrina Sadie Sally Samantha Samson Samuel Sandra Sara Saul Scott Sean Sebastian Selma Serena Seth
+    Seymour Sharon Sheila Shirley Sidney Sigmund Silas Silvia Simon Sofia Solomon Sonia Sophie Spencer Stanley Stella
+    Stephen Stuart Susan Suzanne Sven Sybil Tamara Tanya Teresa Terence Thaddeus Thelma Theodore Thomas Timothy Tina
+    Tobias Toby Todd Tracy Tristan Trudy Tyler Ulrich Una Ursula Valerie Vanessa Vera Vernon Veronica Victor Vincent
+    Viola Violet Virgil Vivian Vladimir Wallace Walter Wanda Warren Wayne Wendy Wesley Wilbur Wilfred Willa William
+    Winston Xavier Yolanda Yvonne Zachary Zelda Zoe
     """.split()
 )
 NUM_HELD_OUT_NAMES = 64
@@ -112,7 +113,9 @@ ADVERBS = tuple(
 CONJUNCTIONS = tuple("after although and because before but so though until when whenever where while".split())
 
 OPENINGS = (
-    "At dawn", "At last", "At noon", "At that hour", "By the evening", "Every autumn", "For a long time", "From then on",
-    "In the end", "In those days", "In winter", "Late that night", "Many years ago", "No doubt", "Not long after",
-    "On the third day", "Once more", "Some time later", "That evening", "The next morning", "To this day", "With great care",
+    "At dawn", "At last", "At noon", "At that hour", "By the evening", "Every autumn", "For a long time",
+    "From then on", "In the end", "In those days", "In winter", "Late that night", "Many years ago",
+    "No doubt", "Not long after",
+    "On the third day", "Once more", "Some time later", "That evening", "The next morning", "To this day",
+    "With great care",
 )  # fmt: skip

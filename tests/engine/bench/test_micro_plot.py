@@ -5,14 +5,13 @@ pytest.importorskip("matplotlib")
 from drawn import keep_figures  # noqa: E402
 from rows import row_result  # noqa: E402
 
-from engine.bench import micro_plot  # noqa: E402
 from engine.bench.micro_plot import draw_micro  # noqa: E402
 from engine.bench.micro_report import build_micro_rows, plot_micro  # noqa: E402
 
 
 @pytest.fixture
 def figures(monkeypatch):
-    return keep_figures(monkeypatch, micro_plot)
+    return keep_figures(monkeypatch)
 
 
 def curves(axes):

@@ -15,7 +15,7 @@ from engine.bench.results import Status  # noqa: E402
 
 @pytest.fixture
 def figures(monkeypatch):
-    return keep_figures(monkeypatch, plot_module)
+    return keep_figures(monkeypatch)
 
 
 def bold(axes):
