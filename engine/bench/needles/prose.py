@@ -102,9 +102,7 @@ def _noun_phrase(words: _Words) -> str:
     if kind == "dog":
         noun = "dog"
     qualifier = {"adjective": ADJECTIVES, "color": COLORS}.get(kind)
-    if qualifier is None:
-        return f"{article} {noun}"
-    word = words.one_of(qualifier)
-    if article == "a" and word[0] in "aeiou":
+    rest = f"{words.one_of(qualifier)} {noun}" if qualifier else noun
+    if article == "a" and rest[0] in "aeiou":
         article = "an"
-    return f"{article} {word} {noun}"
+    return f"{article} {rest}"

@@ -1,0 +1,30 @@
+"""Heat maps of shares of right answers."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+
+_COLORS = "Blues"  # light where nothing is right, dark where all is: what fails stands out, to the colour-blind too
+_DARK = 0.55  # shares above this are drawn too dark for black text
+_NOTHING_ASKED = "#E8E8E8"
+_MAX_NUMBERED = 400  # cells that have their number in them
+
+
+def draw_shares(axes: Axes, shares: Sequence[Sequence[float]], label: str) -> None:
+    """Cells of ``shares``, rows from the top, each with its percentage; NaN where nothing was asked."""
+    values = np.array(shares, dtype=float)
+    image = axes.imshow(np.ma.masked_invalid(values), cmap=_COLORS, vmin=0, vmax=1, aspect="auto")
+    image.cmap.set_bad(_NOTHING_ASKED)
+    num_rows, num_columns = values.shape
+    axes.set_xticks(np.arange(num_columns + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(num_rows + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.5)
+    axes.tick_params(which="minor", length=0)
+    axes.spines[:].set_visible(False)
+    if values.size <= _MAX_NUMBERED:
+        for (row, column), share in np.ndenumerate(values):
+            text = "-" if np.isnan(share) else f"{share:.0%}"
+            color = "white" if share > _DARK else "black"
+            axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=color)
+    axes.figure.colorbar(image, ax=axes, label=label, format=lambda share, _: f"{share:.0%}")
