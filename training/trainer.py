@@ -29,7 +29,10 @@ _PROSE_SEED = 0  # a single number: evaluation's are pairs
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step came to: the loss in nats a token, and the share of answers' tokens that the model gets right."""
+    """What a step came to: the loss in nats a token, and the share of answers' tokens that the model gets right.
+
+    In the loss every document counts alike, in the shares every token.
+    """
 
     step: int  # counted from 1
     length: int
@@ -71,7 +74,9 @@ class Trainer:
         with torch.autocast("cpu", torch.bfloat16):
             logits = self.model.logits(self.model(tokens, positions)[asked]).float()
         answers = labels[asked]
-        loss = F.cross_entropy(logits, answers)
+        # Every document counts alike: one that asks for a passkey alone has far fewer answers than the others.
+        weights = (1 / asked.sum(1, keepdim=True)).expand_as(labels)[asked] / len(tokens)
+        loss = (F.cross_entropy(logits, answers, reduction="none") * weights).sum()
         self._optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.max_gradient_norm)

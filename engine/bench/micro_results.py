@@ -143,7 +143,7 @@ class RowResult:
         return self.roofline_ms / self.median_ms if self.roofline_ms is not None and self.median_ms else None
 
     @property
-    def has_times(self) -> bool:
+    def is_complete(self) -> bool:
         return bool(self.times_ms)
 
     @property

@@ -58,7 +58,7 @@ class Result(Protocol):
         """The result in words, for a person who opens the file."""
 
     @property
-    def has_times(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether it holds what a result of status ok must hold."""
 
 
@@ -170,8 +170,8 @@ class ResultFiles(Generic[R]):
         values = {name: _typed(value, types[name]) for name, value in found.items()}
         key = self._key_type(**{name: values.pop(name) for name in self._key_fields})
         result = self._result_type(**{self._key: key}, **values)
-        if result.status == Status.OK and not result.has_times:
-            raise InputError(f"{path}: status is ok, but it has no times; {self._remedy}")
+        if result.status == Status.OK and not result.is_complete:
+            raise InputError(f"{path}: status is ok, but what it measured is missing or contradicts itself; {self._remedy}")
         return result
 
     def _check_kind(self, kind: object, path: Path) -> None:

@@ -96,7 +96,7 @@ class CellResult:
         return None if self.roofline_ms is None or step_ms is None else self.roofline_ms / step_ms
 
     @property
-    def has_times(self) -> bool:
+    def is_complete(self) -> bool:
         return bool(self.decode_ms) and (self.cell.num_unique < 2 or bool(self.first_token_ms))
 
     @property

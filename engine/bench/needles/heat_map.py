@@ -15,7 +15,7 @@ def draw_shares(axes: Axes, shares: Sequence[Sequence[float]], label: str) -> No
     """Cells of ``shares``, rows from the top, each with its percentage; NaN where nothing was asked."""
     values = np.array(shares, dtype=float)
     image = axes.imshow(np.ma.masked_invalid(values), cmap=_COLORS, vmin=0, vmax=1, aspect="auto")
-    image.cmap.set_bad(_NOTHING_ASKED)
+    axes.set_facecolor(_NOTHING_ASKED)  # shows where a cell is masked
     num_rows, num_columns = values.shape
     axes.set_xticks(np.arange(num_columns + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(num_rows + 1) - 0.5, minor=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.bench.needles.accuracy import Accuracy
+from engine.bench.needles.document import NUM_DEPTHS
 from engine.bench.result_files import Kind, ResultFiles, Status
 from engine.bench.timing import HIGH_SPREAD, Spread, summarize
 
@@ -92,8 +93,11 @@ class NeedlesResult:
         return self.answer is not None and self.answer.relative > HIGH_SPREAD
 
     @property
-    def has_times(self) -> bool:
-        return bool(self.answer_ms) and bool(self.asked_by_depth)
+    def is_complete(self) -> bool:
+        counts = (self.right_by_depth, self.asked_by_depth)
+        if not self.answer_ms or [len(count) for count in counts] != [NUM_DEPTHS] * 2:
+            return False
+        return sum(self.asked_by_depth) > 0 and all(right <= asked for right, asked in zip(*counts, strict=True))
 
     @property
     def headline(self) -> str:

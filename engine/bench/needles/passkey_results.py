@@ -62,8 +62,13 @@ class PasskeyResult:
         return Accuracy(sum(self.partial_by_depth), self.num_repeats * len(self.partial_by_depth))
 
     @property
-    def has_times(self) -> bool:
-        return len(self.exact_by_depth) == len(self.partial_by_depth) == len(self.depths) > 0
+    def is_complete(self) -> bool:
+        sums = (*self.exact_by_depth, *self.partial_by_depth)
+        return (
+            len(self.exact_by_depth) == len(self.partial_by_depth) == len(self.depths) > 0
+            and self.num_repeats > 0
+            and all(matches <= self.num_repeats for matches in sums)
+        )
 
     @property
     def headline(self) -> str:
