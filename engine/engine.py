@@ -16,6 +16,7 @@ from engine.attention.crossover import Crossover
 from engine.calibration import Setting, find_crossover
 from engine.decode_graphs import DecodeGraphs, check_capturable
 from engine.decoding import Generated, full_logits
+from engine.distributed import TPGroup
 from engine.errors import InputError
 from engine.generation import Generation, OnEnded, OnFailed, OnTokens, Options
 from engine.model import Transformer
@@ -60,6 +61,25 @@ class Levels:
         return [even_parents(len(above), len(below)) for above, below in zip(self.levels, self.levels[1:])]
 
 
+def check_execution(
+    group: TPGroup,
+    dtype: torch.dtype,
+    attention_backend: str | None,
+    operations_backend: str | None,
+    cuda_graphs: bool,
+) -> tuple[Backend | None, Backend | None]:
+    """The backends of these names, as an ``Engine`` takes them. Raises InputError for what cannot run there."""
+    device = group.device
+    try:
+        attention = None if attention_backend is None else check_backend(attention_backend, device, dtype)
+        operations = None if operations_backend is None else check_operations_backend(operations_backend, device, dtype)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if cuda_graphs:
+        check_capturable(group, attention)
+    return attention, operations
+
+
 class Engine:
     """Generation with one loaded model. SPMD: every rank makes the same calls and gets the same results.
 
@@ -79,21 +99,15 @@ class Engine:
         operations_backend: str | None = None,
         cuda_graphs: bool = False,
     ):
-        weight, self._attention_backend, self._operations_backend = model.embedding.weight, None, None
-        try:
-            if attention_backend is not None:
-                self._attention_backend = check_backend(attention_backend, weight.device, weight.dtype)
-            if operations_backend is not None:
-                self._operations_backend = check_operations_backend(operations_backend, weight.device, weight.dtype)
-        except ValueError as error:
-            raise InputError(str(error)) from None
+        self._attention_backend, self._operations_backend = check_execution(
+            model.group, model.embedding.weight.dtype, attention_backend, operations_backend, cuda_graphs
+        )
         if max_batch_size < 1:
             raise InputError(f"max_batch_size is {max_batch_size}; accepted: 1 sequence or more; raise it")
         self.model = model
         self.max_batch_size = max_batch_size
         self._graphs: DecodeGraphs | None = None
         if cuda_graphs:
-            check_capturable(model.group, self._attention_backend)
             self._graphs = DecodeGraphs(model)
         self._maker = RequestMaker(model.config, eos_token_ids, tokenizer)
         self.arena = Arena(model)

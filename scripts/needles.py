@@ -149,7 +149,7 @@ def _methods(attention: str | None, disable_hydragen: bool, disable_attention: b
         return ("hydragen_noshared",)
     if disable_attention:
         return ("noattention",)
-    return tuple(name.strip() for name in (attention or "hydragen").split(","))
+    return tuple(name.strip() for name in ("hydragen" if attention is None else attention).split(","))
 
 
 def _report(save_dir: Path) -> None:

@@ -1,5 +1,7 @@
 """A run of ``scripts/needles.py``: what is left of it, with one loaded model."""
 
+from dataclasses import asdict
+
 from rich.console import Console
 
 from engine.bench.needles.asking import Asker
@@ -8,8 +10,8 @@ from engine.bench.needles.passkey_sweep import PasskeySweep
 from engine.bench.needles.settings import Settings
 from engine.checkpoint import resolve_model
 from engine.distributed import TPGroup
+from engine.engine import check_execution
 from engine.files import check_outdir
-from engine.loader import load_model
 from engine.progress import generation_progress, progress_bar
 from engine.tokenizer import Tokenizer
 
@@ -20,6 +22,7 @@ class _Plan:
     def __init__(self, settings: Settings, group: TPGroup):
         check_outdir(settings.outdir)
         config, model = settings.model.config(), settings.model
+        check_execution(group, config.dtype, **asdict(settings.execution))
         folder = resolve_model(model.name, model.revision, weights=False) if model.tp_dir is None else model.tp_dir
         tokenizer = Tokenizer.from_folder(folder)
         self.needles = [NeedleSweep(settings, n, tokenizer, config, group) for n in settings.document_lengths]
@@ -75,8 +78,7 @@ def run_needles(settings: Settings, group: TPGroup, console: Console) -> None:
     if not left and not lengths:
         return
     console.print(f"Loading {settings.model.name} ...", soft_wrap=True)
-    options = settings.model
-    model = load_model(options.name, group, tp_dir=options.tp_dir, dtype=options.dtype, revision=options.revision).model
+    model = settings.model.load(group)
     most = max(settings.question_counts)
     askers = {method: Asker(method, model, settings.execution, most) for method in settings.attention}
     for sweep, count, methods in left:

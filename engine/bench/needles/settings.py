@@ -59,7 +59,7 @@ class Settings:
                 "neither; leave it out, or name the file"
             )
         if self.save_name is not None and (
-            Path(self.save_name).name != self.save_name or self.save_name.startswith(".")
+            Path(self.save_name).name != self.save_name or self.save_name.startswith(".") or not self.save_name
         ):
             raise InputError(
                 f"save name {self.save_name!r} cannot be a folder in the save directory; accepted: a plain name; "
