@@ -117,11 +117,11 @@ class ResultFiles(Generic[R]):
         try:
             found = getattr(self.read(path), self._key)
         except InputError as error:
-            warn(f"{error}; the {self._what} runs again")
+            warn(f"{error}; it is measured again")
             return False
         if found != key:
             other = one_line(str(found.path(Path())))
-            warn(f"{path}: holds another {self._what}, {other}; the {self._what} runs again")
+            warn(f"{path}: holds another {self._what}, {other}; it is measured again")
             return False
         return True
 

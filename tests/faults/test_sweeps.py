@@ -68,7 +68,7 @@ def test_what_cannot_be_used_is_named_and_measured_again(start, tmp_path):
     assert len(warnings) == len(problems) + 1
     for (num_shared, problem), line in zip(problems.items(), warnings):
         assert line.startswith(f"warning: {folder}/b1_s{num_shared}_u2.yaml: ") and problem in line
-        assert line.endswith("; the cell runs again")
+        assert line.endswith("; it is measured again")
         assert len(line) < 1000
     assert warnings[-1].startswith(f"warning: {folder}/notes.yaml: not a result file of a sweep")
     others = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]

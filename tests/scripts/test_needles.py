@@ -169,7 +169,7 @@ class TestGoingOn:
         path = out / "hydragen" / "1500c_4qs.yaml"
         path.write_text(path.read_text().replace("schema_version: 1", "schema_version: 0"))
         done = needles("--save-dir", out, *SMALL, "--passkey-grid", "none")
-        assert done.status == 0 and "the questions run again" in done.stderr
+        assert done.status == 0 and "; it is measured again" in done.stderr
         assert yaml.safe_load(path.read_text())["num_questions"] == 4
 
     @pytest.fixture
