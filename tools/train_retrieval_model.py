@@ -76,7 +76,6 @@ def main(
     console = make_console(stderr=True)
     console.print("Making the vocabulary ...")
     trainer = Trainer(_RECIPES[recipe], texts)
-    state_dir.mkdir(parents=True, exist_ok=True)
     trainer.resume(state_dir)
     if trainer.step:
         console.print(f"Going on after step {trainer.step} of {trainer.recipe.num_steps}, from {state_dir}.")

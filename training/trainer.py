@@ -1,6 +1,7 @@
 """Training, step by step, and going on after a stop: the same numbers come out as without one."""
 
 import io
+import pickle
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -105,6 +106,7 @@ class Trainer:
             "rng": self._rng.bit_generator.state,
         }
         torch.save(state, buffer)
+        outdir.mkdir(parents=True, exist_ok=True)
         write_whole(outdir / STATE_FILE, buffer.getvalue())
 
     def resume(self, outdir: Path) -> None:
@@ -118,7 +120,7 @@ class Trainer:
         try:
             state = torch.load(path, weights_only=True)
             same = state["recipe"] == repr(asdict(self.recipe)) and state["tokenizer"] == self.tokenizer.to_str()
-        except (OSError, RuntimeError, KeyError, TypeError, EOFError, ValueError) as error:
+        except (OSError, RuntimeError, LookupError, TypeError, EOFError, ValueError, pickle.UnpicklingError) as error:
             raise InputError(f"{path} cannot be read; delete it to begin again, or use another folder") from error
         if not same:
             raise InputError(

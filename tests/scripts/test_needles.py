@@ -80,7 +80,11 @@ class TestTheOriginals:
         done = torchrun("scripts/needles.py", *arguments, "--device", "cpu", num_ranks=4)
         assert done.returncode == 0, done.stderr
         (result,) = NEEDLE_FILES.read_all([out / "needles"])
-        assert (result.questions.name, result.attention, result.environment["world_size"]) == ("hydragen", "hydragen", 4)
+        assert (result.questions.name, result.attention, result.environment["world_size"]) == (
+            "hydragen",
+            "hydragen",
+            4,
+        )
         assert len(result.answer_ms) == 1 and len(result.peak_bytes) == 4
         assert (out / "needles" / "needles.csv").exists()
 
@@ -184,13 +188,15 @@ class TestGoingOn:
             (["--num-few-shot", 1], "was measured with num document tokens "),
             (["--names", "unseen"], "was measured with names seen; this run has unseen"),
             (["--attention-backend", "reference"], "was measured with attention backend simd; this run has reference"),
-            (["--disable-attention", "--save-name", "hydragen"], "was measured with attention hydragen; this run has noa"),
+            (
+                ["--disable-attention", "--save-name", "hydragen"],
+                "was measured with attention hydragen; this run has noa",
+            ),
             (["--passkey-grid", "100words_1x1x2_7digits"], "was measured with num repeats 1; this run has 2"),
         ],
     )
     def test_other_settings_are_refused(self, settled, refused, changes, message):
         refused([*SMALL, "--passkey-grid", "100words_1x1x1_7digits", *changes], message)
-
 
 
 class TestMistakes:

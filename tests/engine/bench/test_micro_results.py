@@ -63,7 +63,7 @@ class TestFiles:
         assert "\nkind: microbenchmark\n" in text and "\ntimed_with: cuda_graph\n" in text
 
     def test_an_ok_row_needs_times(self, tmp_path):
-        with pytest.raises(InputError, match="no times"):
+        with pytest.raises(InputError, match="missing or contradicts itself"):
             FILES.write(tmp_path, replace(RESULT, times_ms=()))
 
     @pytest.mark.parametrize(

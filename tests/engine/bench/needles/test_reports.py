@@ -206,7 +206,10 @@ class TestPasskeyTables:
         path, names = tmp_path / "passkey.csv", ("depth", "exact", "num_repeats")
         write_passkey_csv(self.RESULTS, path)
         found = [
-            (row["num_words"], *(row[name] if row[name] == "all" else pytest.approx(float(row[name])) for name in names))
+            (
+                row["num_words"],
+                *(row[name] if row[name] == "all" else pytest.approx(float(row[name])) for name in names),
+            )
             for row in read_csv(path)
         ]
         assert found == [

@@ -86,7 +86,12 @@ class TestHaystack:
 
     @pytest.mark.parametrize(
         ("content", "message"),
-        [(None, "No such file"), (b"\xff\xfe\x00", "not UTF-8"), (b" \n ", "has no text"), ("folder", "Is a directory")],
+        [
+            (None, "No such file"),
+            (b"\xff\xfe\x00", "not UTF-8"),
+            (b" \n ", "has no text"),
+            ("folder", "Is a directory"),
+        ],
     )
     def test_unusable_files(self, tmp_path, content, message):
         path = tmp_path / "book.txt"
