@@ -101,8 +101,8 @@ def start(model: RetrievalModel, same_words: list[tuple[int, int]], seed: int) -
     """Sets the weights that training starts from.
 
     They are random, but heads of the first layer look a fixed distance back (``OFFSETS``) by their biases. In the
-    layers above queries resemble keys, so that like attends to like, and output projections undo value projections, so that
-    what is attended to is copied ("mimetic initialization", Trockman and Kolter, arXiv:2305.09828, which has the
+    layers above queries resemble keys, so that like attends to like, and output projections undo value projections, so
+    that what is attended to is copied ("mimetic initialization", Trockman and Kolter, arXiv:2305.09828, which has the
     opposite sign for the latter). Words that differ in their case alone, ``same_words``, have similar embeddings.
     """
     shape, generator = model.shape, torch.Generator().manual_seed(seed)

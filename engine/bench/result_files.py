@@ -171,7 +171,9 @@ class ResultFiles(Generic[R]):
         key = self._key_type(**{name: values.pop(name) for name in self._key_fields})
         result = self._result_type(**{self._key: key}, **values)
         if result.status == Status.OK and not result.is_complete:
-            raise InputError(f"{path}: status is ok, but what it measured is missing or contradicts itself; {self._remedy}")
+            raise InputError(
+                f"{path}: status is ok, but what it measured is missing or contradicts itself; {self._remedy}"
+            )
         return result
 
     def _check_kind(self, kind: object, path: Path) -> None:

@@ -205,7 +205,7 @@ class TestTrainer:
         losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
         means = losses.sum(1) / (labels != IGNORED).sum(1)
         of_all = losses.sum() / (labels != IGNORED).sum()
-        assert abs(of_all - means.mean()) > 0.1, "these documents cannot tell the two apart"
+        assert abs(of_all - means.mean()) > 0.05, "these documents cannot tell the two apart"
         assert trainer.train_step().loss == pytest.approx(means.mean().item(), rel=1e-3)
 
 
