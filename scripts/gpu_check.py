@@ -20,7 +20,8 @@ def gpu_check(
     tiny: Annotated[bool, typer.Option("--tiny", help="Toy sizes: to check the check.")] = False,
     minutes: Annotated[float, typer.Option(min=0.01, help="That all sections together may take.")] = 9.0,
 ) -> None:
-    """Run the tests that need a GPU, measure the machine's ceilings, compare two ranks with one, and sweep throughput
+    """Run the tests that need a GPU, measure the machine's ceilings, compare two ranks with one, ask the model
+    that ships about hidden facts, and sweep throughput
     (llama-125m in all modes, Llama-3.1-8B in the engine's own, both with random weights). Needs no network.
 
     A section that fails or takes too long is recorded, and the others still run. Exit status 1 if any failed.

@@ -23,9 +23,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from engine.bench.gpu_work import RESULTS, SIZES, Grid, MicroGrid
+from engine.bench.gpu_work import NEEDLE_DTYPES, RESULTS, SIZES, Grid, MicroGrid
 from engine.bench.micro_report import MicroRow, build_micro_rows, micro_findings
 from engine.bench.micro_results import FILES, Sizes
+from engine.bench.needles.needle_report import NeedlesRow, build_needle_rows
+from engine.bench.needles.needle_results import NEEDLE_FILES
 from engine.bench.results import CellResult, Status, read_results
 from engine.files import write_whole
 
@@ -42,6 +44,8 @@ _WEIGHTS = {
 }  # fmt: skip
 # Of the largest logit, between two ranks and one.
 _RANKS_TOLERANCE = {"float32": 2e-5, "bfloat16": 6e-2}
+# Shares of right answers. A wrong colour without attention is one for all questions, of 76.
+_LEAST_RIGHT, _MOST_BY_CHANCE = 0.9, 0.2
 
 
 @dataclass(frozen=True)
@@ -203,6 +207,49 @@ class Microbenchmark(_Work):
         return "\n".join([f"{len(sizes)} of {len(self._grid.sizes)} sizes", *numbers.get("found", ())])
 
 
+class Needles(_Work):
+    """Answers of the model that ships: right, without attention by chance, in float32 alike with and without sharing."""
+
+    name, weight = "needles", 25.0
+
+    def __init__(self, device: str, size_name: str):
+        super().__init__(device, size_name)
+        size = SIZES[size_name]
+        self._num_points = len(NEEDLE_DTYPES) * len(size.num_questions) * len(size.document_lengths)
+
+    def read(self, folder):
+        rows = build_needle_rows(NEEDLE_FILES.read_all([folder]))
+        return {"rows": [_needle_numbers(row) for row in rows]}
+
+    def complaint(self, numbers):
+        for row in numbers["rows"]:
+            what = f"{row['name']}, {row['num_questions']} questions about {row['num_document_tokens']} tokens"
+            if row["status"] != Status.OK:
+                return f"{what}: {row['message']}"
+            if row["attention"] == "noattention":
+                if row["accuracy"] > _MOST_BY_CHANCE:
+                    return f"{what}: {row['accuracy']:.1%} right without attention"
+            elif row["accuracy"] < _LEAST_RIGHT:
+                return f"{what}: only {row['accuracy']:.1%} right"
+            if (row["attention"], row["dtype"]) == ("hydragen", "float32"):
+                if row["same_answers"] != row["num_questions"]:
+                    return f"{what}: {row['same_answers']} answers are those of hydragen_noshared"
+        num_wanted = 3 * self._num_points
+        return f"{num_wanted - len(numbers['rows'])} of {num_wanted} are missing" if len(numbers["rows"]) < num_wanted else None
+
+    def summary(self, numbers):
+        """The largest points."""
+        largest = {}
+        for row in numbers["rows"]:
+            if row["attention"] == "hydragen":
+                largest[row["dtype"]] = row
+        return "; ".join(
+            f"{dtype}, {row['num_questions']} questions about {row['num_document_tokens']} tokens: "
+            f"{row['accuracy']:.1%} right, {_times(row['vs_noshared'])} noshared"
+            for dtype, row in largest.items()
+        )
+
+
 class Throughput(_Work):
     """A sweep over one model's grid."""
 
@@ -234,6 +281,21 @@ class Throughput(_Work):
         return f"batch {batch_size}, shared {shared}, unique {unique}, tokens/s: {', '.join(found)}"
 
 
+def _times(ratio: dict | None) -> str:
+    return "- x" if ratio is None else f"{ratio['value']:.2f} x"
+
+
+def _needle_numbers(row: NeedlesRow) -> dict:
+    numbers = asdict(row.result)
+    numbers |= numbers.pop("questions")
+    del numbers["sweep"]
+    derived = {"accuracy": row.result.accuracy.share, "dtype": row.result.environment["dtype"]}
+    return numbers | derived | {
+        "vs_noshared": row.vs_baseline and asdict(row.vs_baseline),
+        "same_answers": row.same_answers,
+    }  # fmt: skip
+
+
 def _cell_numbers(result: CellResult) -> dict:
     fields = asdict(result)
     fields |= fields.pop("cell")
@@ -260,7 +322,8 @@ def make_sections(device: str, tiny: bool) -> list[Section]:
     tests = GpuTests(["tests/kernels/test_attention_cuda.py"] if tiny else ["tests"], required=device != "cpu")
     micro = [Microbenchmark(name, _WEIGHTS[name], grid, device, size_name) for name, grid in size.micro.items()]
     sweeps = [Throughput(name, _WEIGHTS[name], grid, device, size_name) for name, grid in size.sweeps.items()]
-    return [tests, Machine(device, size_name), Ranks(device, size_name), *micro, *sweeps]
+    checks = [Machine(device, size_name), Ranks(device, size_name), Needles(device, size_name)]
+    return [tests, *checks, *micro, *sweeps]
 
 
 def run_sections(

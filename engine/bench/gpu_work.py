@@ -17,6 +17,8 @@ from engine.bench.environment import Execution, describe_environment
 from engine.bench.micro_results import Sizes
 from engine.bench.microbenchmark import MicroSweep, run_microbenchmark
 from engine.bench.modes import ModelOptions, check_mode
+from engine.bench.needles.run import run_needles
+from engine.bench.needles.settings import SHIPPED_MODEL, Settings
 from engine.bench.results import Cell
 from engine.bench.roofline import measure_ceilings
 from engine.bench.synth import Sweep, make_grid, run_sweep
@@ -31,6 +33,7 @@ from kernels import Backend
 RESULTS = "results.json"
 _GRAPHS = Execution(attention_backend="triton", operations_backend="triton", cuda_graphs=True)
 _DTYPE = "bfloat16"
+NEEDLE_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,8 @@ class Size:
     sweeps: dict[str, Grid]  # likewise
     num_iters: int
     rank_models: tuple[tuple[str, str], ...]  # (preset, dtype) that two ranks run
+    num_questions: tuple[int, ...]  # about a document, of the model that ships
+    document_lengths: tuple[int, ...]  # in characters
 
 
 SIZES = {
@@ -129,6 +134,8 @@ SIZES = {
         num_iters=3,
         # In float32 CUDA has kernels that nobody has measured: a small model is enough.
         rank_models=(("tiny", "float32"), ("demo", "bfloat16")),
+        num_questions=(64, 256, 1024),
+        document_lengths=(20_000, 80_000),
     ),
     "tiny": Size(
         ceiling_rows=(4,),
@@ -146,6 +153,8 @@ SIZES = {
         },
         num_iters=1,
         rank_models=(("tiny", "float32"), ("tiny", "bfloat16")),
+        num_questions=(16,),
+        document_lengths=(1500,),
     ),
 }
 
@@ -228,6 +237,25 @@ def _difference(logits: torch.Tensor, expected: torch.Tensor) -> dict[str, float
     }
 
 
+def ask_needles(folder: Path, group: TPGroup, size: Size) -> None:
+    """Questions about hidden facts, asked of the model that ships by every method in turns; each is a file."""
+    for dtype in NEEDLE_DTYPES:
+        settings = Settings(
+            outdir=folder,
+            save_name=dtype,
+            model=ModelOptions(str(SHIPPED_MODEL), dtype=dtype),
+            attention=("hydragen", "hydragen_noshared", "noattention"),
+            question_counts=size.num_questions,
+            document_lengths=size.document_lengths,
+            num_few_shot=5,
+            num_iters=size.num_iters,
+            num_warmup=1,
+            measure_first_token=True,
+            grid=None,
+        )
+        run_needles(settings, group, make_console())
+
+
 def _write(folder: Path, results: dict) -> None:
     write_whole(folder / RESULTS, json.dumps(results).encode())
 
@@ -241,7 +269,8 @@ def main(section: str, folder: str, device: str, size_name: str) -> None:
         elif section in size.micro:
             time_attention(Path(folder), group, size.micro[section])
         else:
-            {"machine": measure_machine, "ranks": compare_ranks}[section](Path(folder), group, size)
+            work = {"machine": measure_machine, "ranks": compare_ranks, "needles": ask_needles}[section]
+            work(Path(folder), group, size)
     finally:
         group.close()
 

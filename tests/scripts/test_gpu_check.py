@@ -23,6 +23,7 @@ def test_every_section_at_toy_size(tmp_path, monkeypatch):
     assert {(c["dtype"], c["method"], c["num_ranks"]) for c in numbers["ranks"]["comparisons"]} == {
         (dtype, method, 2) for dtype in ("float32", "bfloat16") for method in ("hydragen", "hydragen_noshared")
     }
+    assert {(row["name"], row["same_answers"]) for row in numbers["needles"]["rows"]} >= {("float32_hydragen", 16)}
     sweeps = [name for name in numbers if "cells" in numbers[name]]
     assert sweeps == ["sweep-125m", "graphs-125m", "sweep-8b", "graphs-8b"]
     assert all(cell["decode_ms"] for name in sweeps for cell in numbers[name]["cells"])

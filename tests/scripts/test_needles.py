@@ -6,6 +6,7 @@ import pytest
 import yaml
 from checkpoints import save_tiny
 from commands import Command, assert_mistake, torchrun
+from documented import fields_of_table
 
 from engine.bench.modes import ModelOptions
 from engine.bench.needles.needle_results import NEEDLE_FILES
@@ -113,6 +114,9 @@ class TestOptions:
         assert result.environment["dtype"] == "float32" and result.peak_bytes[0] > 0
         answers = (out / "mine" / "1500c_4qs.answers.jsonl").read_text().splitlines()
         assert len(answers) == 4
+        for index, name in ((2, "1500c_4qs"), (3, "passkey_w100")):
+            raw = yaml.safe_load((out / "mine" / f"{name}.yaml").read_text())
+            assert raw.keys() == fields_of_table(index), raw.keys() ^ fields_of_table(index)
         assert json.loads(answers[0]).keys() == {"question", "expected", "position", "answer", "token_ids", "right"}
         first, second = PASSKEY_FILES.read_all([out])
         assert (first.length.num_words, second.length.num_words, first.num_digits) == (100, 120, 5)

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from asked import needles_result, write_needles
 from rich.console import Console
 from rows import row_result
 
@@ -16,6 +17,7 @@ from engine.bench.gpu_check import (
     GpuTests,
     Machine,
     Microbenchmark,
+    Needles,
     Ranks,
     Section,
     Throughput,
@@ -23,7 +25,7 @@ from engine.bench.gpu_check import (
     print_outcomes,
     run_sections,
 )  # fmt: skip
-from engine.bench.gpu_work import SIZES, Grid, MicroGrid
+from engine.bench.gpu_work import NEEDLE_DTYPES, SIZES, Grid, MicroGrid
 from engine.bench.micro_results import FILES
 from engine.bench.result_files import Status
 
@@ -243,6 +245,30 @@ def test_a_microbenchmark_needs_its_first_sizes(tmp_path):
     assert section.complaint(section.read(tmp_path)) is None, "what does not fit is no fault"
 
 
+def test_needles_are_held_to_the_baseline_and_to_chance(tmp_path):
+    section = Needles("cpu", "tiny")
+    assert section.complaint({"rows": []}) == "6 of 6 are missing"
+
+    def complaint(**changes):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        for dtype in NEEDLE_DTYPES:
+            for method, num_right in (("hydragen", 20), ("hydragen_noshared", 20), ("noattention", 1)):
+                name, env = f"{dtype}_{method}", {"dtype": dtype}
+                result = needles_result(method, name=name, env=env, **{"num_right": num_right} | changes.get(name, {}))
+                write_needles(folder, result, changes.get("token_ids") if method == "hydragen" else None)
+        return section.complaint(section.read(folder))
+
+    assert complaint() is None
+    assert complaint(float32_hydragen={"num_right": 17}) == (
+        "float32_hydragen, 20 questions about 1000 tokens: only 85.0% right"
+    )
+    assert "25.0% right without attention" in complaint(bfloat16_noattention={"num_right": 5})
+    other = [[1, 2]] * 19 + [[3]]
+    assert complaint(token_ids=other).endswith("19 answers are those of hydragen_noshared")
+    failed = {"status": Status.OUT_OF_MEMORY, "message": "memory ran out"}
+    assert complaint(bfloat16_hydragen=failed).endswith(": memory ran out")
+
+
 def test_a_sweep_is_complete_or_says_what_is_missing():
     section = Throughput("sweep", 1.0, Grid("tiny", ("noattention", "hydragen"), (1, 2), (8,), (4,)), "cuda", "full")
 
@@ -264,7 +290,7 @@ def test_the_full_check_is_what_it_says():
     """Nothing here runs it."""
     sections = make_sections("cuda", tiny=False)
     assert [section.name for section in sections] == [
-        "tests", "machine", "ranks", "attention", "operations", "crossover",
+        "tests", "machine", "ranks", "needles", "attention", "operations", "crossover",
         "sweep-125m", "graphs-125m", "sweep-8b", "graphs-8b",
     ]  # fmt: skip
     assert Machine("cuda", "full").summary({}) == ""
