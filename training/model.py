@@ -85,8 +85,9 @@ class RetrievalModel(nn.Module):
 # ---- the start
 
 # Heads of the first layer that begin by looking so many tokens back, at nothing else: one, the step from which
-# induction follows, and five, how far a needle's name stands before its colour, and a question's before the answer.
-OFFSETS = (1, 5)
+# induction follows; five, how far a needle's name stands before its colour, and a question's before the answer; and
+# three, how far "key" stands before a passkey, which other numbers do not have there.
+OFFSETS = (1, 5, 3)
 _OFFSET_LOGIT = 6.0  # the height of each frequency's cosine
 _SLOWEST = 0.04  # radians a token: frequencies above tell neighbouring positions apart
 _OFFSET_WEIGHT_SCALE = 0.1

@@ -208,7 +208,7 @@ class Microbenchmark(_Work):
 
 
 class Needles(_Work):
-    """Answers of the model that ships: right, without attention by chance, in float32 alike with and without sharing."""
+    """Answers of the model that ships: right, without attention by chance, and in float32 the same with sharing."""
 
     name, weight = "needles", 25.0
 
@@ -235,7 +235,8 @@ class Needles(_Work):
                 if row["same_answers"] != row["num_questions"]:
                     return f"{what}: {row['same_answers']} answers are those of hydragen_noshared"
         num_wanted = 3 * self._num_points
-        return f"{num_wanted - len(numbers['rows'])} of {num_wanted} are missing" if len(numbers["rows"]) < num_wanted else None
+        num_missing = num_wanted - len(numbers["rows"])
+        return f"{num_missing} of {num_wanted} are missing" if num_missing > 0 else None
 
     def summary(self, numbers):
         """The largest points."""

@@ -127,7 +127,7 @@ class TestPositions:
 class TestStart:
     @torch.no_grad()
     def test_heads_of_the_first_layer_look_back(self):
-        """One token, and five: nearly all their attention goes there, whatever the tokens are."""
+        """One token, five and three: nearly all their attention goes there, whatever the tokens are."""
         shape = RECIPE.model
         model = RetrievalModel(shape)
         start(model, [(5, 6)], seed=0)
@@ -138,8 +138,9 @@ class TestStart:
         cos, sin = angles.cos()[:, None], angles.sin()[:, None]
         first, second = qkv[:, : shape.num_heads + shape.num_kv_heads].chunk(2, -1)
         rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-        for head, offset in ((0, 1), (1, 5)):
-            logits = rotated[:, head] @ rotated[:, shape.num_heads].T / shape.head_dim**0.5
+        for head, offset in ((0, 1), (1, 5), (2, 3)):
+            key = shape.num_heads + head // 2
+            logits = rotated[:, head] @ rotated[:, key].T / shape.head_dim**0.5
             mask = torch.ones(num_tokens, num_tokens).triu(1).bool()
             shares = logits.masked_fill(mask, -torch.inf).softmax(-1)
             assert shares.diagonal(-offset)[8:].min() > 0.9
