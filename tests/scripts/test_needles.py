@@ -108,6 +108,7 @@ class TestOptions:
         assert done.status == 0, done.stderr
         (result,) = NEEDLE_FILES.read_all([out])
         assert (result.questions.name, result.seed, result.names) == ("mine", 3, "unseen")
+        assert result.model_name == "assets/retrieval-1m"
         assert (len(result.answer_ms), len(result.warmup_ms), len(result.prefill_ms)) == (2, 1, 1)
         assert result.first_token_ms == result.first_token_warmup_ms == ()
         assert result.haystack == "generated prose (seed 3)" and result.num_new_tokens == 10

@@ -149,7 +149,7 @@ class NeedleSweep:
         return NeedlesResult(
             questions=Questions(settings.run_name(method), self.num_characters, num_questions),
             status=Status.OK,
-            model_name=settings.model.name,
+            model_name=settings.model_name,
             attention=method,
             seed=settings.seed,
             environment=self._environment,

@@ -100,7 +100,7 @@ class PasskeySweep:
         return PasskeyResult(
             length=PasskeyLength(settings.run_name(method), num_words),
             status=Status.OK,
-            model_name=settings.model.name,
+            model_name=settings.model_name,
             attention=method,
             seed=settings.seed,
             environment=self._environment,

@@ -45,7 +45,7 @@ def print_plan(settings: Settings, group: TPGroup, console: Console) -> None:
     for sweep, counts in zip(plan.needles, plan.counts, strict=True):
         document = sweep.document
         console.print(
-            f"{settings.model.name}: {len(document.needles)} needles in {document.num_characters:,} characters of "
+            f"{settings.model_name}: {len(document.needles)} needles in {document.num_characters:,} characters of "
             f"{document.haystack}; with {settings.num_few_shot} examples {sweep.num_document_tokens:,} tokens, "
             f"{sweep.num_sequence_tokens:,} with a question and its answer",
             soft_wrap=True,
@@ -77,7 +77,7 @@ def run_needles(settings: Settings, group: TPGroup, console: Console) -> None:
         console.print(f"{len(todo) - len(left)} of {len(todo)} numbers of questions have results and are skipped.")
     if not left and not lengths:
         return
-    console.print(f"Loading {settings.model.name} ...", soft_wrap=True)
+    console.print(f"Loading {settings.model_name} ...", soft_wrap=True)
     model = settings.model.load(group)
     most = max(settings.question_counts)
     askers = {method: Asker(method, model, settings.execution, most) for method in settings.attention}

@@ -14,7 +14,8 @@ from engine.bench.needles.passkey_grid import PasskeyGrid
 from engine.errors import InputError
 
 # The retrieval model that ships with the project; training/ is how it came about.
-SHIPPED_MODEL = Path(__file__).resolve().parents[3] / "assets" / "retrieval-1m"
+_ROOT = Path(__file__).resolve().parents[3]
+SHIPPED_MODEL = _ROOT / "assets" / "retrieval-1m"
 NAMES = ("seen", "unseen")
 # Generated for each question: the answer, and room for tokenizers that need more tokens for it than the shipped one.
 NUM_NEW_TOKENS = 10
@@ -65,6 +66,13 @@ class Settings:
                 f"save name {self.save_name!r} cannot be a folder in the save directory; accepted: a plain name; "
                 "use another"
             )
+
+    @property
+    def model_name(self) -> str:
+        """Of the shipped model a path that is the same on every machine."""
+        if Path(self.model.name) == SHIPPED_MODEL:
+            return str(SHIPPED_MODEL.relative_to(_ROOT))
+        return self.model.name
 
     def run_name(self, method: str) -> str:
         """The folder of a method's results."""
