@@ -1,7 +1,7 @@
 """Training documents: needles and a passkey hidden in sentences, then questions with their answers, as token ids.
 
-The answers are trained on, and what surely follows them. Text, needles and pairings come from random numbers that
-evaluation never sees: its seeds are another stream of the generator, and it has names of its own too.
+The answers are trained on, and what surely follows them. Evaluation's text is another stream of the generator, its
+pairs of name and colour are never in these documents, and it has names of its own too.
 """
 
 from collections.abc import Sequence
@@ -54,12 +54,12 @@ class DocumentMaker:
     def _needle_document(self, shape: Shape) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids, and from where to where in them stands what is trained on."""
         rng = self._rng
-        needles = needle.draw_needles(shape.num_needles, rng, self._names)
+        needles = needle.draw_needles(shape.num_needles, rng, self._names, held_out=False)
         key = passkey.draw_passkey(7, rng)
         asked_for = [needles[i] for i in rng.permutation(len(needles))[: shape.num_questions].tolist()]
         turns = [(self._encode(one.question), self._encode(one.answer)) for one in asked_for]
         turns.insert(
-            int(rng.integers(len(turns) + 1)), (self._encode(passkey.QUESTION), self._encode(f"{key.digits}.\n\n"))
+            int(rng.integers(len(turns) + 1)), (self._encode(passkey.QUESTION), self._encode(f" {key.digits}.\n\n"))
         )
         start, end = self._encode(needle.DOCUMENT_START), self._encode(needle.DOCUMENT_END)
         hidden = [self._needle_tokens(one) for one in needles] + [self._encode(" " + key.sentence)]
@@ -77,7 +77,7 @@ class DocumentMaker:
 
     def _passkey_document(self, shape: Shape) -> tuple[list[int], list[tuple[int, int]]]:
         key = passkey.draw_passkey(7, self._rng)
-        start, question, answer = map(self._encode, (passkey.INSTRUCTION, passkey.QUESTION, f"{key.digits}.\n\n"))
+        start, question, answer = map(self._encode, (passkey.INSTRUCTION, passkey.QUESTION, f" {key.digits}.\n\n"))
         room = shape.length - 1 - len(start) - len(question) - len(answer)
         tokens = [BOS_ID, *start, *self._hide([self._encode(" " + key.sentence)], room), *question]
         return tokens + answer, [(len(tokens), len(tokens) + len(answer))]

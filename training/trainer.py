@@ -1,6 +1,8 @@
 """Training, step by step, and going on after a stop: the same numbers come out as without one."""
 
+import hashlib
 import io
+import json
 import pickle
 import time
 from collections.abc import Callable, Sequence
@@ -50,6 +52,7 @@ class Trainer:
         self.recipe, self.step, self.seconds = recipe, 0, 0.0
         prose = list(islice(sentences(_PROSE_SEED), recipe.num_prose_sentences))
         self.tokenizer = build_tokenizer(recipe.model.vocab_size, [" ".join(text) for text in (prose, *texts)])
+        self._texts_hash = hashlib.sha256(json.dumps([prose, *texts]).encode()).hexdigest()
         self._rng = np.random.default_rng(recipe.seed)
         self._documents = DocumentMaker(self.tokenizer, [prose, *texts], self._rng)
         self.model = RetrievalModel(recipe.model)
@@ -98,7 +101,7 @@ class Trainer:
         buffer = io.BytesIO()
         state = {
             "recipe": repr(asdict(self.recipe)),
-            "tokenizer": self.tokenizer.to_str(),
+            "texts": self._texts_hash,
             "step": self.step,
             "seconds": self.seconds,
             "model": self.model.state_dict(),
@@ -119,7 +122,7 @@ class Trainer:
             return
         try:
             state = torch.load(path, weights_only=True)
-            same = state["recipe"] == repr(asdict(self.recipe)) and state["tokenizer"] == self.tokenizer.to_str()
+            same = (state["recipe"], state["texts"]) == (repr(asdict(self.recipe)), self._texts_hash)
         except (OSError, RuntimeError, LookupError, TypeError, EOFError, ValueError, pickle.UnpicklingError) as error:
             raise InputError(f"{path} cannot be read; delete it to begin again, or use another folder") from error
         if not same:

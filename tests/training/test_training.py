@@ -86,10 +86,11 @@ class TestDocuments:
                     color = answer.split("###")[1]
                     assert f"The dog named {name} has fur that is {color.lower()}." in document
                     assert f"###{color}###" in asked
+                    assert color.lower() in needle.colors_of(name, held_out=False)
             else:
                 kinds.add("passkey")
                 digits = text.split("The pass key is ")[-1][:7]
-                assert text.count(digits) == 3 and asked == f"{digits}.\n\n"
+                assert text.count(digits) == 3 and asked == f" {digits}.\n\n"
         assert kinds == {"needles", "passkey"}
 
     def test_the_text_begins_without_a_space_and_has_no_double_one(self, batch, tokenizer):

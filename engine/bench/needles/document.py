@@ -50,7 +50,7 @@ def make_document(
     Raises InputError when there are not enough names, or the haystack is too short.
     """
     rng = np.random.default_rng((2, seed))
-    drawn = draw_needles(num_needles + num_few_shot, rng, tuple(names))
+    drawn = draw_needles(num_needles + num_few_shot, rng, tuple(names), held_out=True)
     spread = [i / max(len(drawn) - 1, 1) for i in range(len(drawn))]
     text, positions = place(haystack.take(num_characters), [needle.sentence for needle in drawn], spread)
     placed = [PlacedNeedle(needle, position) for needle, position in zip(drawn, positions, strict=True)]

@@ -6,6 +6,7 @@ The wording, and how questions and answers are laid out, are those of the needle
 
 import re
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from engine.errors import InputError
 
 DOCUMENT_START = "Start of document:\n"
 DOCUMENT_END = "\nEnd of document\n\n"
+_HELD_OUT_EVERY = 10
 _ANSWER = re.compile(r"###(.*?)###", re.DOTALL)
 
 
@@ -56,8 +58,16 @@ def held_out_names() -> tuple[str, ...]:
     return tuple(NAMES[i] for i in sorted(order[:NUM_HELD_OUT_NAMES].tolist()))
 
 
-def draw_needles(num: int, rng: np.random.Generator, names: tuple[str, ...]) -> list[Needle]:
-    """``num`` needles with different names, each with a colour drawn by itself.
+@cache
+def colors_of(name: str, held_out: bool) -> tuple[str, ...]:
+    """The colours that needles of the training may give a name, or, ``held_out``, those that evaluation gives it: about
+    a tenth of all, others for the next name."""
+    shift = NAMES.index(name)
+    return tuple(c for i, c in enumerate(COLORS) if ((i + shift) % _HELD_OUT_EVERY == 0) == held_out)
+
+
+def draw_needles(num: int, rng: np.random.Generator, names: tuple[str, ...], held_out: bool) -> list[Needle]:
+    """``num`` needles with different names, each with a colour drawn by itself from ``colors_of`` the name.
 
     Raises InputError when there are not as many names.
     """
@@ -65,6 +75,7 @@ def draw_needles(num: int, rng: np.random.Generator, names: tuple[str, ...]) -> 
         raise InputError(
             f"{num} needles were asked for; accepted: up to {len(names)}, one for each name; ask for fewer"
         )
-    chosen = rng.permutation(len(names))[:num]
-    colors = rng.integers(len(COLORS), size=num)
-    return [Needle(names[i], COLORS[j]) for i, j in zip(chosen.tolist(), colors.tolist(), strict=True)]
+    chosen = [names[i] for i in rng.permutation(len(names))[:num].tolist()]
+    draws = rng.random(num).tolist()
+    colors = [colors_of(name, held_out) for name in chosen]
+    return [Needle(name, of[int(draw * len(of))]) for name, of, draw in zip(chosen, colors, draws, strict=True)]

@@ -10,7 +10,7 @@ from difflib import SequenceMatcher
 import numpy as np
 
 INSTRUCTION = "Somewhere in the text below a pass key is given. Remember it, for it will be asked for.\n"
-QUESTION = "\nWhat is the pass key? The pass key is "
+QUESTION = "\nWhat is the pass key? The pass key is"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 from engine.bench.needles import haystack as haystacks
 from engine.bench.needles.document import NUM_DEPTHS, make_document, place
 from engine.bench.needles.haystack import Haystack, generated_haystack, read_haystack, split_sentences
-from engine.bench.needles.needle import Needle, draw_needles, held_out_names, names_for_training
+from engine.bench.needles.needle import Needle, colors_of, draw_needles, held_out_names, names_for_training
 from engine.bench.needles.prose import sentences
 from engine.bench.needles.words import COLORS, NAMES
 from engine.errors import InputError
@@ -137,12 +137,22 @@ class TestNeedles:
         seen, unseen = names_for_training(), held_out_names()
         assert sorted(seen + unseen) == sorted(NAMES) and len(unseen) == 64
 
+    def test_pairs_of_evaluation_are_none_of_training(self):
+        for name in NAMES:
+            training, evaluation = (set(colors_of(name, held_out)) for held_out in (False, True))
+            assert training.isdisjoint(evaluation) and training | evaluation == set(COLORS)
+            assert len(evaluation) in (7, 8)
+        for held_out in (False, True):
+            drawn = draw_needles(400, np.random.default_rng(1), NAMES, held_out)
+            assert all(needle.color in colors_of(needle.name, held_out) for needle in drawn)
+            assert len({needle.color for needle in drawn}) == len(COLORS), "every colour is drawn"
+
     def test_drawn_names_differ_and_colors_need_not(self):
-        drawn = draw_needles(200, np.random.default_rng(0), NAMES)
+        drawn = draw_needles(200, np.random.default_rng(0), NAMES, held_out=False)
         assert len({needle.name for needle in drawn}) == 200
         assert len({needle.color for needle in drawn}) < len(COLORS) + 1
         with pytest.raises(InputError, match="3 needles were asked for; accepted: up to 2, one for each name"):
-            draw_needles(3, np.random.default_rng(0), ("Ada", "Bo"))
+            draw_needles(3, np.random.default_rng(0), ("Ada", "Amy"), held_out=True)
 
 
 class TestDocument:
