@@ -13,6 +13,7 @@ from engine.bench.needles.passkey_grid import PasskeyGrid
 from engine.bench.needles.run import print_plan, run_needles
 from engine.bench.needles.settings import SHIPPED_MODEL, Settings
 from engine.bench.ranges import parse_range
+from engine.bench.report import require_matplotlib
 from engine.bench.reports import read_reports
 from engine.cli import make_app, make_console, run
 from engine.distributed import init_group
@@ -79,7 +80,7 @@ def needles(
     dtype: options.Dtype = "auto",
     device: options.Device = None,
     revision: options.Revision = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the text, the needles and the passkeys.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of the text, the needles and the passkeys.")] = 0,
     timeout: options.Timeout = 600,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be run, and run nothing.")] = False,
 ) -> None:
@@ -153,9 +154,16 @@ def _methods(attention: str | None, disable_hydragen: bool, disable_attention: b
 
 
 def _report(save_dir: Path) -> None:
-    for report in read_reports([save_dir]):
+    reports = read_reports([save_dir])
+    for report in reports:
         report.show(make_console())
         report.write_csv(save_dir / f"{report.stem}.csv")
+    try:
+        require_matplotlib()
+    except InputError as error:  # the figures are there all the same
+        print(f"Results and CSV are in {save_dir}. No plots: {error}")
+        return
+    for report in reports:
         report.plot(save_dir / f"{report.stem}.png")
     print(f"Results, CSV and plots are in {save_dir}.")
 

@@ -38,9 +38,13 @@ def main(
         typer.Option(help="Real text for documents, beside the generator's prose. Give it again for more files."),
     ] = None,
     text_share: Annotated[
-        float,
-        typer.Option(min=0.01, max=1, help="Train on so much of each text, from its start; the rest is held out."),
-    ] = 0.8,
+        float | None,
+        typer.Option(
+            min=0.01,
+            max=1,
+            help="Train on so much of each text, from its start; the rest is held out.  [default: 0.8]",
+        ),
+    ] = None,
     state_dir: Annotated[
         Path | None, typer.Option(help="Where the state is kept between stops.  [default: OUTDIR.training]")
     ] = None,
@@ -65,13 +69,15 @@ def main(
     """
     if (outdir / "config.json").exists():
         raise InputError(f"{outdir} already holds a model; accepted: a folder without one; delete it, or name another")
+    if text_share is not None and not text_file:
+        raise InputError(f"--text-share {text_share:g} was given without --text-file; accepted: both, or neither")
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     state_dir = state_dir or outdir.with_name(outdir.name + ".training")
     texts = []
     for path in text_file or ():
         sentences = read_haystack(path).sentences
-        texts.append(sentences[: max(1, int(text_share * len(sentences)))])
+        texts.append(sentences[: max(1, int((0.8 if text_share is None else text_share) * len(sentences)))])
 
     console = make_console(stderr=True)
     console.print("Making the vocabulary ...")

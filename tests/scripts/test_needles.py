@@ -1,6 +1,7 @@
 """``scripts/needles.py``: the original's commands, what the options do, going on after a stop, and mistakes."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -8,7 +9,10 @@ from checkpoints import save_tiny
 from commands import Command, assert_mistake, torchrun
 from documented import fields_of_table
 
+from engine.arena import NoRoomError
+from engine.bench import report
 from engine.bench.modes import ModelOptions
+from engine.bench.needles.asking import Asker
 from engine.bench.needles.needle_results import NEEDLE_FILES
 from engine.bench.needles.passkey_results import PASSKEY_FILES
 from engine.shard_writer import write_shards
@@ -71,7 +75,8 @@ class TestTheOriginals:
         assert (done.status, done.stderr) == (0, "")
         first, *counts = done.stdout.splitlines()
         assert first.startswith("01-ai/Yi-6B-200K: 256 needles in 6") and "of generated prose (seed 0)" in first
-        assert counts == [f"{2**i} questions: {method}" for i in range(1, 11)]
+        planned = [re.fullmatch(r"(\d+) questions: (\w+) \([\d.]+ GiB\)", line).groups() for line in counts]
+        assert planned == [(str(2**i), method) for i in range(1, 11)]
         assert not out.exists()
 
     def test_runs_in_processes(self, shards, out):
@@ -109,7 +114,9 @@ class TestOptions:
         (result,) = NEEDLE_FILES.read_all([out])
         assert (result.questions.name, result.seed, result.names) == ("mine", 3, "unseen")
         assert result.model_name == "assets/retrieval-1m"
-        assert (len(result.answer_ms), len(result.warmup_ms), len(result.prefill_ms)) == (2, 1, 1)
+        assert [len(getattr(result, f"{name}_ms")) for name in ("answer", "answer_warmup", "prefill", "prefill_warmup")] == [
+            2, 1, 2, 1
+        ]  # fmt: skip
         assert result.first_token_ms == result.first_token_warmup_ms == ()
         assert result.haystack == "generated prose (seed 3)" and result.num_new_tokens == 10
         assert result.environment["dtype"] == "float32" and result.peak_bytes[0] > 0
@@ -156,8 +163,86 @@ class TestOptions:
         done = needles("--save-dir", out, "--dry-run")
         assert (done.status, done.stderr) == (0, "")
         assert "with 5 examples 6," in done.stdout
-        assert [line for line in done.stdout.splitlines() if "questions" in line][-1] == "256 questions: hydragen"
+        assert [line for line in done.stdout.splitlines() if "questions" in line][-1].startswith(
+            "256 questions: hydragen ("
+        )
         assert "passkeys, hydragen: texts of 512, 1408, 2304, 3200, 4096 words" in done.stdout
+
+    def test_what_is_asked_again_counts_once(self, out):
+        done = needles("--save-dir", out, *SMALL, "--num-questions", "20,40", "--passkey-grid", "none")
+        assert done.status == 0, done.stderr
+        once, twice = NEEDLE_FILES.read_all([out])
+        assert once.num_needles == 20 and sum(once.asked_by_depth) == sum(twice.asked_by_depth) == 20
+        assert once.accuracy == twice.accuracy
+        assert len((out / "hydragen" / "1500c_40qs.answers.jsonl").read_text().splitlines()) == 40
+
+    def test_without_matplotlib_there_are_tables_all_the_same(self, out, monkeypatch):
+        monkeypatch.setattr(report, "find_spec", lambda library: None)
+        done = needles("--save-dir", out, *SMALL, "--passkey-grid", "100words_1x1x1_7digits")
+        assert (done.status, "all lengths: exact" in done.stdout) == (0, True)
+        assert f"Results and CSV are in {out}. No plots: plotting needs matplotlib" in done.stdout
+        assert sorted(path.name for path in out.glob("*.*")) == ["needles.csv", "passkey.csv"]
+
+
+class TestMemory:
+    """Of methods that need more than there is, and of one that meets the device's limit."""
+
+    def test_what_does_not_fit_is_recorded_and_the_rest_goes_on(self, out, monkeypatch):
+        read = Asker.read
+
+        def refuse(self, document, planned_length):
+            if self.method == "hydragen_noshared" and len(document) > 300:
+                raise NoRoomError("no room for the document")
+            read(self, document, planned_length)
+
+        monkeypatch.setattr(Asker, "read", refuse)
+        lengths = ("--base-prompt-string-length", "1500,300")
+        arguments = (
+            "--save-dir",
+            out,
+            *SMALL,
+            *lengths,
+            "--passkey-grid",
+            "none",
+            "--attention",
+            "hydragen,hydragen_noshared",
+        )
+        done = needles(*arguments)
+        assert done.status == 0, done.stderr
+        found = {(r.attention, r.questions.num_characters): r for r in NEEDLE_FILES.read_all([out])}
+        assert {key: str(result.status) for key, result in found.items()} == {
+            ("hydragen", 1500): "ok", ("hydragen", 300): "ok", ("hydragen_noshared", 300): "ok",
+            ("hydragen_noshared", 1500): "does_not_fit",
+        }  # fmt: skip
+        assert "no room for the document" in done.stdout
+        assert "4 of 4" not in needles(*arguments, "--dry-run").stdout
+
+    def test_running_out_is_recorded_for_the_method_that_did(self, out, monkeypatch):
+        ask = Asker.ask
+
+        def run_out(self, questions, num_tokens):
+            if self.method == "hydragen_noshared":
+                raise MemoryError
+            return ask(self, questions, num_tokens)
+
+        monkeypatch.setattr(Asker, "ask", run_out)
+        arguments = ("--save-dir", out, *SMALL, "--passkey-grid", "none", "--attention", "hydragen,hydragen_noshared")
+        done = needles(*arguments)
+        assert done.status == 2 and "rank 0 ran out of memory with hydragen_noshared, 4 questions about" in done.stderr
+        assert [(r.attention, str(r.status)) for r in NEEDLE_FILES.read_all([out])] == [
+            ("hydragen_noshared", "out_of_memory")
+        ]
+        assert needles(*arguments).status == 0  # goes on with the other
+        assert len(NEEDLE_FILES.read_all([out])) == 2
+
+    def test_passkeys_that_do_not_fit(self, out, monkeypatch):
+        def refuse(*_):
+            raise NoRoomError("no room for the prompts")
+
+        monkeypatch.setattr(Asker, "complete", refuse)
+        done = needles("--save-dir", out, *SMALL, "--passkey-grid", "100:200words_2x1x1_7digits")
+        assert done.status == 0, done.stderr
+        assert [str(result.status) for result in PASSKEY_FILES.read_all([out])] == ["does_not_fit"] * 2
 
 
 class TestGoingOn:
@@ -166,8 +251,7 @@ class TestGoingOn:
         assert needles("--save-dir", out, *SMALL, *grid).status == 0
         times = {path: path.stat().st_mtime_ns for path in out.glob("*/*.yaml")}
         assert len(times) == 2
-        done = needles("--save-dir", out, *SMALL, "--num-questions", "4,2", *grid)
-        # Fewer needles are asked for when fewer questions are: those of 4 are the same document here.
+        done = needles("--save-dir", out, *SMALL, "--num-questions", "4,8", *grid)
         assert done.status == 0, done.stderr
         assert "1 of 2 numbers of questions have results and are skipped." in done.stderr
         assert {path: path.stat().st_mtime_ns for path in times} == times
@@ -181,6 +265,17 @@ class TestGoingOn:
         assert done.status == 0 and "; it is measured again" in done.stderr
         assert yaml.safe_load(path.read_text())["num_questions"] == 4
 
+    def test_results_without_their_answers_are_measured_again(self, out):
+        arguments = ("--save-dir", out, *SMALL, "--passkey-grid", "100words_1x1x1_7digits")
+        assert needles(*arguments).status == 0
+        for name in ("1500c_4qs", "passkey_w100"):
+            path = out / "hydragen" / f"{name}.answers.jsonl"
+            content = path.read_text()
+            path.unlink()
+            done = needles(*arguments)
+            assert done.status == 0 and f"{path}: does not have the" in done.stderr
+            assert path.read_text() == content
+
     @pytest.fixture
     def settled(self, out):
         assert needles("--save-dir", out, *SMALL, "--passkey-grid", "100words_1x1x1_7digits").status == 0
@@ -191,6 +286,9 @@ class TestGoingOn:
             (["--seed", 1], "was measured with seed 0; this run has 1; use another --save-name or --save-dir"),
             (["--dtype", "bfloat16"], "was measured with dtype float32; this run has bfloat16"),
             (["--num-few-shot", 1], "was measured with num document tokens "),
+            (["--num-timing-iters", 2], "was measured with timed rounds 1; this run has 2"),
+            (["--num-warmup-iters", 1], "was measured with warm-up rounds 0; this run has 1"),
+            (["--no-measure-unique-prefill"], "was measured with first tokens timed True; this run has False"),
             (["--names", "unseen"], "was measured with names seen; this run has unseen"),
             (["--attention-backend", "reference"], "was measured with attention backend simd; this run has reference"),
             (
@@ -217,12 +315,16 @@ class TestMistakes:
             (["--save-name", "a/b"], ["save name 'a/b' cannot be a folder in the save directory"]),
             (["--save-name", ".."], ["save name '..' cannot be"]),
             (["--save-name", ""], ["save name '' cannot be"]),
+            (["--save-name", "x" * 201], ["a plain name of up to 200 bytes"]),
+            (["--seed", 2**31], ["--seed"]),
             (["--num-questions", "0"], ["number of questions", "holds 0"]),
             (["--num-questions", "2:"], ["'2:' cannot be read", "start:stop:step"]),
             (["--base-prompt-string-length", "5,5"], ["document length", "holds 5 twice"]),
             (["--base-prompt-string-length", "500000"], ["accepted: up to 32,768, the model's positions"]),
+            (["--base-prompt-string-length", "2000000000"], ["documents of 2,000,000,000 characters", "32,768"]),
+            (["--passkey-grid", "99999999words_1x1x1_7digits"], ["passkeys in 99,999,999 words", "32,768"]),
             (["--passkey-grid", "lots"], ["passkey grid 'lots' is not understood"]),
-            (["--passkey-grid", "90000words_1x1x1_7digits"], ["a passkey prompt of 90000 words", "32,768"]),
+            (["--passkey-grid", "32000words_1x1x1_7digits"], ["a passkey prompt of 32000 words", "32,768"]),
             (["--num-few-shot", 500], ["500 examples were asked for; accepted: up to 427"]),
             (["--names", "unseen", "--num-few-shot", 64], ["64 examples were asked for; accepted: up to 63"]),
             (["--haystack-file", "nowhere.txt"], ["nowhere.txt cannot be read"]),

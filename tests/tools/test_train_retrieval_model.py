@@ -51,6 +51,7 @@ def test_mistakes(tmp_path, book):
     other = tmp_path / "other"
     assert_mistake(tool(other, "--text-file", tmp_path / "none.txt"), "none.txt cannot be read")
     assert_mistake(tool(other, "--text-share", 0), "--text-share")
+    assert_mistake(tool(other, "--text-share", 0.5), "--text-share 0.5 was given without --text-file")
     assert_mistake(tool(other, "--recipe", "large"), "shipped", "tiny")
     done = tool(other, "--recipe", "tiny", "--text-file", book, "--state-dir", tmp_path / "model.training")
     assert done.status == 2 and "is of another recipe or of other texts" in done.stderr

@@ -8,7 +8,7 @@ import numpy as np
 from engine.bench.needles.haystack import Haystack
 from engine.bench.needles.needle import DOCUMENT_END, DOCUMENT_START, Needle, draw_needles
 
-# More questions than this ask again for the same needles: a document is not to consist of needles.
+# More questions than a document has needles ask for the same ones again.
 MAX_NEEDLES = 256
 NUM_DEPTHS = 10
 

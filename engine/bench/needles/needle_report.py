@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 BASELINE = HydragenNoShared.name
+# Of the environment, what results that are compared have in common.
+_SETTING = "device_name dtype world_size num_threads attention_backend operations_backend cuda_graphs".split()
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,21 @@ def build_needle_rows(results: Iterable[NeedlesResult]) -> list[NeedlesRow]:
 
 def setting_of(result: NeedlesResult) -> tuple[str, ...]:
     """What the results of one table and one plot have in common."""
-    environment = (str(result.environment.get(name, "unknown")) for name in ("device_name", "dtype", "world_size"))
-    sizes = (str(result.num_needles), str(result.num_few_shot))
-    return (result.sweep, result.model_name, *environment, *sizes, result.haystack, result.names, str(result.seed))
+    environment = (str(result.environment.get(name, "unknown")) for name in _SETTING)
+    return (
+        result.sweep,
+        result.model_name,
+        *environment,
+        str(result.num_few_shot),
+        result.haystack,
+        result.names,
+        str(result.seed),
+    )
 
 
 def _point(result: NeedlesResult) -> tuple[object, ...]:
     """What results that are compared have in common."""
-    return (setting_of(result), result.num_document_tokens, result.questions.num_questions)
+    return (setting_of(result), result.num_document_tokens, result.num_needles, result.questions.num_questions)
 
 
 def _order(result: NeedlesResult) -> tuple[object, ...]:
@@ -109,7 +118,7 @@ def needle_title(result: NeedlesResult) -> str:
     source = f", from {result.sweep}" if result.sweep else ""
     return (
         f"{Path(result.model_name).name}, {environment.get('dtype')} on {environment.get('device_name')}, "
-        f"{ranks} rank{'s' * (ranks != 1)}: {result.num_needles} needles ({result.names} names) in "
+        f"{ranks} rank{'s' * (ranks != 1)}: needles ({result.names} names) in "
         f"{result.haystack}{source}"
     )
 
@@ -119,7 +128,7 @@ def _print_times(rows: Sequence[NeedlesRow], console: "Console") -> None:
     columns = {
         "right\n(95% interval)": [_outcome(result) for result in results],
         "answers as\nnoshared": [_same_answers(row) for row in rows],
-        "prefill\nms": [format_number(min(result.prefill_ms, default=None), ",.1f") for result in results],
+        "prefill\nms": [_median(result.prefill_ms) for result in results],
         "first\nms": [_median(result.first_token_ms) for result in results],
         "others\nms": [format_number(result.decode and result.decode.median, ",.1f") for result in results],
         "others vs\nnoshared": [row.vs_baseline.text if row.vs_baseline else MISSING for row in rows],
@@ -214,7 +223,7 @@ _COLUMNS = (
 
 
 def write_needle_csv(rows: Sequence[NeedlesRow], path: Path) -> None:
-    """Writes one line a result; times are medians in ms, of the prefill the least one; depths are tenths."""
+    """Writes one line a result; times are medians in ms; depths are tenths."""
     write_table(path, _COLUMNS, [_csv_values(row) for row in rows])
 
 
@@ -230,7 +239,7 @@ def _csv_values(row: NeedlesRow) -> dict[str, object]:
         "accuracy_low": low if result.asked_by_depth else None,
         "accuracy_high": high if result.asked_by_depth else None,
         **dict(zip(_DEPTHS, (one.share for one in result.accuracy_by_depth), strict=False)),
-        "prefill_ms": min(result.prefill_ms, default=None),
+        "prefill_ms": median(result.prefill_ms) if result.prefill_ms else None,
         "answer_ms": result.answer and result.answer.median,
         "answer_spread": result.answer.relative if len(result.answer_ms) > 1 else None,
         "first_token_ms": median(result.first_token_ms) if result.first_token_ms else None,
@@ -241,7 +250,7 @@ def _csv_values(row: NeedlesRow) -> dict[str, object]:
         "vs_noshared_same_run": ratio and ratio.same_run,
         "same_answers_as_noshared": row.same_answers,
         "num_iters": len(result.answer_ms),
-        "num_warmup": len(result.warmup_ms),
+        "num_warmup": len(result.answer_warmup_ms),
         "peak_bytes": max(result.peak_bytes, default=None),
         **{name: getattr(result, name) for name in _RESULT_COLUMNS},
         **{name: environment.get(name) for name in _ENVIRONMENT_COLUMNS},

@@ -51,16 +51,22 @@ class NeedlesResult:
     num_new_tokens: int  # generated for each question
     message: str = ""  # why a result that is not ok has no times
     num_at_once: int = 0  # questions that ran together; fewer than there are where memory had no room for more
-    right_by_depth: Sequence[int] = ()  # by tenth of the document that the needle begins in
+    # By tenth of the document that the needle begins in. Each needle counts once, however often it is asked for.
+    right_by_depth: Sequence[int] = ()
     asked_by_depth: Sequence[int] = ()
-    prefill_ms: Sequence[float] = ()  # of the document
+    prefill_ms: Sequence[float] = ()  # computing the document, from nothing
     answer_ms: Sequence[float] = ()  # reading all questions and generating every token
-    warmup_ms: Sequence[float] = ()  # the same, before those
     first_token_ms: Sequence[float] = ()  # reading all questions and generating one token each; empty if not measured
+    prefill_warmup_ms: Sequence[float] = ()  # the rounds before those
+    answer_warmup_ms: Sequence[float] = ()
     first_token_warmup_ms: Sequence[float] = ()
     peak_bytes: Sequence[int] = ()  # memory used at most, one a rank
     run: str = ""  # methods of one run took turns: their i-th times are of the same round
     sweep: str = field(default="", compare=False)  # the SAVE_DIR it was read from; not in the file
+
+    @property
+    def num_answers(self) -> int:
+        return self.questions.num_questions
 
     @property
     def accuracy(self) -> Accuracy:

@@ -6,18 +6,21 @@ Every rank does the same; rank 0 decides what is left to do, writes the files an
 import random
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from engine.arena import NoRoomError
 from engine.bench.environment import describe_environment
+from engine.bench.memory_model import footprint
 from engine.bench.needles.asking import Asker, timed
 from engine.bench.needles.document import NUM_DEPTHS, PlacedNeedle
 from engine.bench.needles.needle_results import NEEDLE_FILES, NeedlesResult, Questions
-from engine.bench.needles.recording import recorded_when_out_of_memory, write_with_answers
-from engine.bench.needles.same_settings import check_same
+from engine.bench.needles.recording import is_recorded, recorded_when_out_of_memory, write_with_answers
+from engine.bench.needles.same_settings import check_equal, check_same
 from engine.bench.needles.settings import NUM_NEW_TOKENS, Settings
 from engine.bench.peak_memory import PeakMemory
 from engine.bench.result_files import Status
+from engine.bench.results import Cell
 from engine.config import ModelConfig
 from engine.distributed import TPGroup
 from engine.errors import InputError
@@ -34,7 +37,7 @@ class NeedleSweep:
     def __init__(
         self, settings: Settings, num_characters: int, tokenizer: Tokenizer, config: ModelConfig, group: TPGroup
     ):
-        self._settings, self._tokenizer, self._group = settings, tokenizer, group
+        self._settings, self._tokenizer, self._config, self._group = settings, tokenizer, config, group
         self.num_characters, self.document = num_characters, settings.document(num_characters)
         self._tokens = tokenizer.encode(self.document.prompt)
         most = self.document.ask(max(settings.question_counts))
@@ -62,86 +65,130 @@ class NeedleSweep:
 
         Raises InputError when the folder of one holds results of other settings.
         """
-        left = []
-        for method in self._settings.attention:
+        left, settings = [], self._settings
+        for method in settings.attention:
             blank = self._blank(method, num_questions)
-            path = blank.questions.path(self._settings.outdir)
-            if NEEDLE_FILES.is_finished(self._settings.outdir, blank.questions):
-                check_same(NEEDLE_FILES.read(path), blank, _OF_DOCUMENT, str(path))
-            else:
+            if not is_recorded(NEEDLE_FILES, settings.outdir, blank.questions):
                 left.append(method)
+                continue
+            path = blank.questions.path(settings.outdir)
+            found = NEEDLE_FILES.read(path)
+            check_same(found, blank, _OF_DOCUMENT, str(path))
+            if found.status == Status.OK:
+                how_timed = {
+                    "timed rounds": (len(found.answer_ms), settings.num_iters),
+                    "warm-up rounds": (len(found.answer_warmup_ms), settings.num_warmup),
+                    "first tokens timed": (bool(found.first_token_ms), settings.measure_first_token),
+                }
+                for name, (theirs, ours) in how_timed.items():
+                    check_equal(name, theirs, ours, str(path))
         return left
+
+    def footprint(self, method: str, num_questions: int) -> int:
+        """Bytes that all questions at once need on each rank: more of them than fit run in turns."""
+        num_own = self._longest - len(self._tokens)
+        cell = Cell(method, num_questions, len(self._tokens), num_own)
+        return footprint(self._config, self._group.size, cell).total
 
     def num_steps(self, num_methods: int) -> int:
         """Calls that one number of questions takes, for a progress bar."""
-        rounds = self._settings.num_warmup + self._settings.num_iters
-        return num_methods * (1 + rounds * (1 + self._settings.measure_first_token))
+        return num_methods * (self._settings.num_warmup + self._settings.num_iters)
 
     def run(self, askers: Sequence[Asker], num_questions: int, on_step: OnStep) -> list[NeedlesResult]:
-        """Asks with every one of ``askers``, in turns; on rank 0 results and answers are written."""
-        outdir, group = self._settings.outdir, self._group
-        blanks = {asker.method: self._blank(asker.method, num_questions) for asker in askers}
-        what = f"{num_questions} questions about {len(self._tokens):,} tokens"
-        remedy = "use a shorter document or more ranks"
+        """Asks with every one of ``askers``, in turns; on rank 0 results and answers are written.
+
+        A method for which memory has no room is recorded as such, and the others go on: all ranks find that alike.
+        """
+        settings, group = self._settings, self._group
+        measured = {asker.method: _Measured(self._blank(asker.method, num_questions)) for asker in askers}
+        order = random.Random(settings.seed)  # the same on every rank
         try:
-            with recorded_when_out_of_memory(NEEDLE_FILES, outdir, list(blanks.values()), group, what, remedy):
-                results, answers = self._measure(askers, blanks, num_questions, on_step)
+            for round_number in range(settings.num_warmup + settings.num_iters):
+                left = [asker for asker in askers if not measured[asker.method].refusal]
+                order.shuffle(left)  # in a fixed order whatever comes first would always meet the same caches
+                for asker in left:
+                    is_first = round_number == 0
+                    turn = _Turn(round_number < settings.num_warmup, is_first or len(left) > 1, order.random() < 0.5)
+                    self._take(turn, asker, measured[asker.method], num_questions)
+                    if len(askers) > 1:
+                        asker.release()  # each has all memory in its turn
+                    on_step()
         finally:
             for asker in askers:
                 asker.release()
+        results = [self._result(one) for one in measured.values()]
 
         def write() -> None:
             for result in results:
-                path = result.questions.answers_path(outdir)
-                write_with_answers(NEEDLE_FILES, outdir, result, path, answers[result.attention])
+                if result.status == Status.OK:
+                    path, answers = result.questions.answers_path(settings.outdir), self._answers(measured, result)
+                    write_with_answers(NEEDLE_FILES, settings.outdir, result, path, answers)
+                else:
+                    NEEDLE_FILES.write(settings.outdir, result)
 
         group.on_rank_0(write)
         return results
 
-    def _measure(
-        self, askers: Sequence[Asker], blanks: dict[str, NeedlesResult], num_questions: int, on_step: OnStep
-    ) -> tuple[list[NeedlesResult], dict[str, list[dict[str, Any]]]]:
-        settings, group = self._settings, self._group
-        questions, asked = self._questions[:num_questions], self.document.ask(num_questions)
-        times: dict[str, _Times] = {asker.method: _Times() for asker in askers}
-        found: dict[str, tuple[list[tuple[int, ...]], int]] = {}
-        with PeakMemory(group.device) as peak:
-            for asker in askers:
-                _, ms = timed(group, lambda asker=asker: asker.read(self._tokens, self._longest))
-                times[asker.method].prefill.append(ms)
-                on_step()
-            order = random.Random(settings.seed)  # the same on every rank
-            for round_number in range(settings.num_warmup + settings.num_iters):
-                turns = [
-                    (asker, one) for asker in askers for one in (True, False) if one or settings.measure_first_token
-                ]
-                order.shuffle(turns)  # in a fixed order whatever comes first would always meet the same caches
-                for asker, whole in turns:
-                    num_tokens = NUM_NEW_TOKENS if whole else 1
-                    result, ms = timed(group, lambda asker=asker, n=num_tokens: asker.ask(questions, n))
-                    times[asker.method].add(ms, whole, round_number < settings.num_warmup)
-                    if whole:
-                        found[asker.method] = result
-                    on_step()
-        peak_bytes = tuple(group.gather_objects(peak.bytes))
-        results, answers = [], {}
-        for method, blank in blanks.items():
-            token_ids, at_once = found[method]
-            texts = [self._tokenizer.decode(ids) for ids in token_ids]
-            is_right = [one.needle.is_answered_by(text) for one, text in zip(asked, texts, strict=True)]
-            answers[method] = _answers(asked, texts, token_ids, is_right)
-            results.append(
-                replace(
-                    blank,
-                    num_at_once=at_once,
-                    right_by_depth=_count_by_depth(asked, is_right),
-                    asked_by_depth=_count_by_depth(asked, [True] * len(asked)),
-                    peak_bytes=peak_bytes,
-                    run=self._run,
-                    **times[method].fields(),
-                )
-            )
-        return results, answers
+    def _take(self, turn: "_Turn", asker: Asker, measured: "_Measured", num_questions: int) -> None:
+        """Reads the document and asks the questions, once. Out of memory is recorded and ends the run."""
+        outdir, group, questions = self._settings.outdir, self._group, self._questions[:num_questions]
+        what = f"{asker.method}, {num_questions} questions about {len(self._tokens):,} tokens"
+        remedy = "use a shorter document or more ranks"
+        with recorded_when_out_of_memory(NEEDLE_FILES, outdir, measured.blank, group, what, remedy):
+            try:
+                with PeakMemory(group.device) as peak:
+                    _, ms = timed(group, lambda: asker.read(self._tokens, self._longest))
+                    measured.add("prefill", ms, turn.is_warmup)
+                    if turn.makes_room:
+                        asker.ask(questions, 1)
+                    kinds = ["first_token", "answer"] if self._settings.measure_first_token else ["answer"]
+                    for kind in reversed(kinds) if turn.is_reversed else kinds:
+                        num_tokens = NUM_NEW_TOKENS if kind == "answer" else 1
+                        found, ms = timed(group, lambda n=num_tokens: asker.ask(questions, n))
+                        measured.add(kind, ms, turn.is_warmup)
+                        if kind == "answer":
+                            measured.token_ids, measured.num_at_once = found
+                measured.peak_bytes = max(measured.peak_bytes, peak.bytes)
+            except NoRoomError as error:
+                measured.refusal = str(error)
+
+    def _result(self, measured: "_Measured") -> NeedlesResult:
+        if measured.refusal:
+            return replace(measured.blank, status=Status.DOES_NOT_FIT, message=measured.refusal)
+        asked, is_right = self._judge(measured)
+        # What is asked again has the same answer: each needle counts once.
+        distinct = slice(len(self.document.needles))
+        return replace(
+            measured.blank,
+            num_at_once=measured.num_at_once,
+            right_by_depth=_count_by_depth(asked[distinct], is_right[distinct]),
+            asked_by_depth=_count_by_depth(asked[distinct], [True] * len(asked[distinct])),
+            peak_bytes=tuple(self._group.gather_objects(measured.peak_bytes)),
+            run=self._run,
+            **measured.times(),
+        )
+
+    def _judge(self, measured: "_Measured") -> tuple[list[PlacedNeedle], list[bool]]:
+        """What was asked, and whether each answer is right."""
+        asked = self.document.ask(measured.blank.questions.num_questions)
+        texts = map(self._tokenizer.decode, measured.token_ids)
+        return asked, [one.needle.is_answered_by(text) for one, text in zip(asked, texts, strict=True)]
+
+    def _answers(self, measured: dict[str, "_Measured"], result: NeedlesResult) -> list[dict[str, Any]]:
+        """As ``answers.jsonl`` has them."""
+        one = measured[result.attention]
+        asked, is_right = self._judge(one)
+        return [
+            {
+                "question": placed.needle.question,
+                "expected": placed.needle.answer.strip(),
+                "position": round(placed.position, 6),
+                "answer": self._tokenizer.decode(ids),
+                "token_ids": list(ids),
+                "right": right,
+            }
+            for placed, ids, right in zip(asked, one.token_ids, is_right, strict=True)
+        ]
 
     def _blank(self, method: str, num_questions: int) -> NeedlesResult:
         """What is known of a result before it is measured."""
@@ -162,24 +209,33 @@ class NeedleSweep:
         )
 
 
-class _Times:
-    """Of one method, in ms."""
+@dataclass(frozen=True)
+class _Turn:
+    """Of one method in one round. ``makes_room``: the arena grows to its size before anything but the reading is timed.
+    ``is_reversed``: whole answers are timed before first tokens."""
 
-    def __init__(self) -> None:
-        self.prefill: list[float] = []
-        self._by_kind: dict[tuple[bool, bool], list[float]] = {}
+    is_warmup: bool
+    makes_room: bool
+    is_reversed: bool
 
-    def add(self, ms: float, whole: bool, is_warmup: bool) -> None:
-        self._by_kind.setdefault((whole, is_warmup), []).append(ms)
 
-    def fields(self) -> dict[str, tuple[float, ...]]:
+@dataclass
+class _Measured:
+    """Of one method, turn by turn. Times are in ms."""
+
+    blank: NeedlesResult  # what is known before
+    refusal: str = ""  # why memory has no room
+    token_ids: Sequence[Sequence[int]] = ()  # of each answer, in the latest turn
+    num_at_once: int = 0
+    peak_bytes: int = 0  # on this rank
+    _times: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, kind: str, ms: float, is_warmup: bool) -> None:
+        self._times.setdefault(f"{kind}{'_warmup' * is_warmup}_ms", []).append(ms)
+
+    def times(self) -> dict[str, tuple[float, ...]]:
         """Under the names that a result has them by."""
-        names = {
-            (True, False): "answer_ms", (True, True): "warmup_ms",
-            (False, False): "first_token_ms", (False, True): "first_token_warmup_ms",
-        }  # fmt: skip
-        by_name = {name: tuple(self._by_kind.get(kind, ())) for kind, name in names.items()}
-        return {"prefill_ms": tuple(self.prefill), **by_name}
+        return {name: tuple(times) for name, times in self._times.items()}
 
 
 def _count_by_depth(asked: Sequence[PlacedNeedle], counted: Sequence[bool]) -> tuple[int, ...]:
@@ -187,19 +243,3 @@ def _count_by_depth(asked: Sequence[PlacedNeedle], counted: Sequence[bool]) -> t
     for one, counts_too in zip(asked, counted, strict=True):
         counts[one.depth] += counts_too
     return tuple(counts)
-
-
-def _answers(
-    asked: Sequence[PlacedNeedle], texts: Sequence[str], token_ids: Sequence[Sequence[int]], is_right: Sequence[bool]
-) -> list[dict[str, Any]]:
-    return [
-        {
-            "question": one.needle.question,
-            "expected": one.needle.answer.strip(),
-            "position": round(one.position, 6),
-            "answer": text,
-            "token_ids": list(ids),
-            "right": right,
-        }
-        for one, text, ids, right in zip(asked, texts, token_ids, is_right, strict=True)
-    ]

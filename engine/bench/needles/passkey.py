@@ -4,6 +4,7 @@ The needle and the question are those of Mohtashami and Jaggi, "Landmark Attenti
 benchmark of Yuan et al. (arXiv:2407.01527) has them.
 """
 
+import re
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
@@ -25,11 +26,7 @@ class Passkey:
 
     def exact_match(self, text: str) -> bool:
         """Whether the text has the digits, and no digit before or after them."""
-        at = text.find(self.digits)
-        if at < 0:
-            return False
-        around = text[:at][-1:] + text[at + len(self.digits) :][:1]
-        return not any(character.isdigit() for character in around)
+        return re.search(rf"(?<!\d){self.digits}(?!\d)", text) is not None
 
     def partial_match(self, text: str) -> float:
         """The longest run of the digits that the text has, as a fraction of them."""

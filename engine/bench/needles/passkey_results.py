@@ -54,6 +54,10 @@ class PasskeyResult:
         return len(self.depths)
 
     @property
+    def num_answers(self) -> int:
+        return self.num_repeats * len(self.depths)
+
+    @property
     def exact(self) -> Accuracy:
         return Accuracy(sum(self.exact_by_depth), self.num_repeats * len(self.exact_by_depth))
 

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from engine.arena import NoRoomError
 from engine.bench.environment import describe_environment
 from engine.bench.needles.asking import Asker, timed
 from engine.bench.needles.passkey_grid import PasskeyGrid, Probe, make_probes
 from engine.bench.needles.passkey_results import PASSKEY_FILES, PasskeyLength, PasskeyResult
-from engine.bench.needles.recording import recorded_when_out_of_memory, write_with_answers
+from engine.bench.needles.recording import is_recorded, recorded_when_out_of_memory, write_with_answers
 from engine.bench.needles.same_settings import check_same
 from engine.bench.needles.settings import Settings
 from engine.bench.result_files import Status
@@ -49,7 +50,7 @@ class PasskeySweep:
         left = []
         for num_words in self._grid.lengths:
             key = PasskeyLength(self._settings.run_name(method), num_words)
-            if not PASSKEY_FILES.is_finished(self._settings.outdir, key):
+            if not is_recorded(PASSKEY_FILES, self._settings.outdir, key):
                 left.append(num_words)
                 continue
             path = key.path(self._settings.outdir)
@@ -66,8 +67,12 @@ class PasskeySweep:
         blank = self._blank(asker.method, num_words, max(map(len, prompts)))
         what, remedy = f"{num_words} words", "use a smaller --passkey-grid or more ranks"
         try:
-            with recorded_when_out_of_memory(PASSKEY_FILES, outdir, [blank], group, what, remedy):
+            with recorded_when_out_of_memory(PASSKEY_FILES, outdir, blank, group, what, remedy):
                 token_ids, ms = timed(group, lambda: asker.complete(prompts, self.num_new_tokens, on_tokens))
+        except NoRoomError as error:  # on all ranks alike
+            result = replace(blank, status=Status.DOES_NOT_FIT, message=str(error))
+            group.on_rank_0(lambda: PASSKEY_FILES.write(outdir, result))
+            return result
         finally:
             asker.release()
         texts = [self._tokenizer.decode(ids) for ids in token_ids]

@@ -25,6 +25,7 @@ class _Plan:
         check_execution(group, config.dtype, **asdict(settings.execution))
         folder = resolve_model(model.name, model.revision, weights=False) if model.tp_dir is None else model.tp_dir
         tokenizer = Tokenizer.from_folder(folder)
+        settings.check_lengths(config.max_positions)
         self.needles = [NeedleSweep(settings, n, tokenizer, config, group) for n in settings.document_lengths]
         self.passkeys = (
             None if settings.grid is None else PasskeySweep(settings, settings.grid, tokenizer, config, group)
@@ -40,7 +41,10 @@ class _Plan:
 
 
 def print_plan(settings: Settings, group: TPGroup, console: Console) -> None:
-    """What a run would do. Runs nothing, loads no weights, writes nothing."""
+    """What a run would do, and the memory that it needs on each rank; questions for which there is none run in turns.
+
+    Runs nothing, loads no weights, writes nothing.
+    """
     plan = _Plan(settings, group)
     for sweep, counts in zip(plan.needles, plan.counts, strict=True):
         document = sweep.document
@@ -51,7 +55,8 @@ def print_plan(settings: Settings, group: TPGroup, console: Console) -> None:
             soft_wrap=True,
         )
         for count, methods in counts.items():
-            console.print(f"{count} questions: {', '.join(methods) or 'there already'}")
+            needed = (f"{method} ({sweep.footprint(method, count) / 2**30:.2f} GiB)" for method in methods)
+            console.print(f"{count} questions: {', '.join(needed) or 'there already'}", soft_wrap=True)
     for method, lengths in plan.lengths.items():
         words = ", ".join(map(str, lengths))
         console.print(

@@ -7,7 +7,9 @@ from engine.errors import InputError
 
 # What results of one name have in common, and what of it is in the environment.
 _SAME = ("model_name", "attention", "seed", "haystack")
-_SAME_ENVIRONMENT = ("device", "dtype", "world_size", "attention_backend", "operations_backend", "cuda_graphs")
+_SAME_ENVIRONMENT = (
+    "device_name", "dtype", "world_size", "num_threads", "attention_backend", "operations_backend", "cuda_graphs",
+)  # fmt: skip
 
 
 def check_same(found: Result, ours: Result, names: Sequence[str], path: str) -> None:
@@ -16,8 +18,12 @@ def check_same(found: Result, ours: Result, names: Sequence[str], path: str) -> 
     pairs = [(name, getattr(found, name), getattr(ours, name)) for name in (*_SAME, *names)]
     pairs += [(name, found.environment.get(name), ours.environment.get(name)) for name in _SAME_ENVIRONMENT]
     for name, theirs, wanted in pairs:
-        if theirs != wanted:
-            raise InputError(
-                f"{path} was measured with {name.replace('_', ' ')} {theirs}; this run has {wanted}; use another "
-                "--save-name or --save-dir"
-            )
+        check_equal(name.replace("_", " "), theirs, wanted, path)
+
+
+def check_equal(name: str, theirs: object, ours: object, path: str) -> None:
+    """Raises InputError when a setting of the result in ``path`` is not that of this run."""
+    if theirs != ours:
+        raise InputError(
+            f"{path} was measured with {name} {theirs}; this run has {ours}; use another --save-name or --save-dir"
+        )

@@ -20,6 +20,10 @@ NAMES = ("seen", "unseen")
 # Generated for each question: the answer, and room for tokenizers that need more tokens for it than the shipped one.
 NUM_NEW_TOKENS = 10
 _CHARACTERS_A_WORD = 8  # of a haystack, at most on average
+_CHARACTERS_A_TOKEN = 16  # likewise
+# Of text around each needle, which is half as long: a document is to consist of text.
+_CHARACTERS_A_NEEDLE = 75
+_MAX_NAME_BYTES = 200
 
 
 @dataclass(frozen=True)
@@ -60,11 +64,14 @@ class Settings:
                 "neither; leave it out, or name the file"
             )
         if self.save_name is not None and (
-            Path(self.save_name).name != self.save_name or self.save_name.startswith(".") or not self.save_name
+            Path(self.save_name).name != self.save_name
+            or self.save_name.startswith(".")
+            or not self.save_name
+            or len(self.save_name.encode()) > _MAX_NAME_BYTES
         ):
             raise InputError(
-                f"save name {self.save_name!r} cannot be a folder in the save directory; accepted: a plain name; "
-                "use another"
+                f"save name {self.save_name!r} cannot be a folder in the save directory; accepted: a plain name of up "
+                f"to {_MAX_NAME_BYTES} bytes; use another"
             )
 
     @property
@@ -88,10 +95,28 @@ class Settings:
         words = 0 if self.grid is None else self.grid.max_words
         return generated_haystack(self.seed, max(*self.document_lengths, words * _CHARACTERS_A_WORD))
 
+    def check_lengths(self, max_positions: int) -> None:
+        """Raises InputError for texts that cannot be so few tokens, before they are generated."""
+        longest = max(self.document_lengths)
+        if longest > max_positions * _CHARACTERS_A_TOKEN:
+            raise InputError(
+                f"documents of {longest:,} characters were asked for; accepted: what fits {max_positions:,} tokens, "
+                "the model's positions; use a shorter --base-prompt-string-length"
+            )
+        if self.grid is not None and self.grid.max_words > max_positions:
+            raise InputError(
+                f"passkeys in {self.grid.max_words:,} words were asked for; accepted: what fits {max_positions:,} "
+                "tokens, the model's positions; use a smaller --passkey-grid"
+            )
+
     def document(self, num_characters: int) -> Document:
-        """Raises InputError when there are not enough names for the examples, or the haystack is too short."""
+        """Which needles it has depends on its length alone, not on how many questions are asked.
+
+        Raises InputError when there are not enough names for the examples, or the haystack is too short.
+        """
         names = names_for_training() if self.names == "seen" else held_out_names()
-        num_needles = min(max(self.question_counts), MAX_NEEDLES, len(names) - self.num_few_shot)
+        most = max(1, num_characters // _CHARACTERS_A_NEEDLE)
+        num_needles = min(most, MAX_NEEDLES, len(names) - self.num_few_shot)
         if num_needles < 1:
             raise InputError(
                 f"{self.num_few_shot} examples were asked for; accepted: up to {len(names) - 1}, as there are "

@@ -22,6 +22,7 @@ class TestPasskey:
             ("It is 1234567, I think", True, 7),
             ("12345678", False, 7),
             ("01234567", False, 7),
+            ("12345678 or 1234567", True, 7),
             ("1234 567", False, 4),
             ("3456", False, 4),
             ("7654321", False, 1),

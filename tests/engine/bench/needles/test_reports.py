@@ -133,7 +133,7 @@ class TestNeedleTables:
         write_needles(tmp_path, needles_result("hydragen_noshared", num_right=20, answer_ms=(100.0, 160.0, 100.0)))
         text = printed(print_needle_tables, build_needle_rows(NEEDLE_FILES.read_all([tmp_path])))
         assert text.startswith(
-            "small, float32 on a CPU, 2 ranks: 20 needles (seen names) in generated prose (seed 0), from "
+            "small, float32 on a CPU, 2 ranks: needles (seen names) in generated prose (seed 0), from "
         )
         found = lines(text)
         baseline = ["1,000", "20", "hydragen_noshared", "100.0%", "(83.9-100.0)", "-", "200.0", "10.0", "90.0"]
