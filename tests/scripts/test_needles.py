@@ -114,9 +114,8 @@ class TestOptions:
         (result,) = NEEDLE_FILES.read_all([out])
         assert (result.questions.name, result.seed, result.names) == ("mine", 3, "unseen")
         assert result.model_name == "assets/retrieval-1m"
-        assert [len(getattr(result, f"{name}_ms")) for name in ("answer", "answer_warmup", "prefill", "prefill_warmup")] == [
-            2, 1, 2, 1
-        ]  # fmt: skip
+        kinds = ("answer", "answer_warmup", "prefill", "prefill_warmup")
+        assert [len(getattr(result, f"{kind}_ms")) for kind in kinds] == [2, 1, 2, 1]
         assert result.first_token_ms == result.first_token_warmup_ms == ()
         assert result.haystack == "generated prose (seed 3)" and result.num_new_tokens == 10
         assert result.environment["dtype"] == "float32" and result.peak_bytes[0] > 0
