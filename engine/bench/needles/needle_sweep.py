@@ -140,7 +140,7 @@ class NeedleSweep:
                     _, ms = timed(group, lambda: asker.read(self._tokens, self._longest))
                     measured.add("prefill", ms, turn.is_warmup)
                     if turn.makes_room:
-                        asker.ask(questions, 1)
+                        asker.ask(questions, NUM_NEW_TOKENS)
                     kinds = ["first_token", "answer"] if self._settings.measure_first_token else ["answer"]
                     for kind in reversed(kinds) if turn.is_reversed else kinds:
                         num_tokens = NUM_NEW_TOKENS if kind == "answer" else 1
