@@ -70,13 +70,13 @@ def check_execution(
 ) -> tuple[Backend | None, Backend | None]:
     """The backends of these names, as an ``Engine`` takes them. Raises InputError for what cannot run there."""
     device = group.device
+    if cuda_graphs:
+        check_capturable(group, attention_backend)
     try:
         attention = None if attention_backend is None else check_backend(attention_backend, device, dtype)
         operations = None if operations_backend is None else check_operations_backend(operations_backend, device, dtype)
     except ValueError as error:
         raise InputError(str(error)) from None
-    if cuda_graphs:
-        check_capturable(group, attention)
     return attention, operations
 
 
