@@ -102,15 +102,16 @@ class NeedleSweep:
         settings, group = self._settings, self._group
         measured = {asker.method: _Measured(self._blank(asker.method, num_questions)) for asker in askers}
         order = random.Random(settings.seed)  # the same on every rank
+        takes_turns = len(askers) > 1
         try:
             for round_number in range(settings.num_warmup + settings.num_iters):
                 left = [asker for asker in askers if not measured[asker.method].refusal]
                 order.shuffle(left)  # in a fixed order whatever comes first would always meet the same caches
                 for asker in left:
-                    is_first = round_number == 0
-                    turn = _Turn(round_number < settings.num_warmup, is_first or len(left) > 1, order.random() < 0.5)
+                    makes_room = takes_turns or round_number == 0
+                    turn = _Turn(round_number < settings.num_warmup, makes_room, order.random() < 0.5)
                     self._take(turn, asker, measured[asker.method], num_questions)
-                    if len(askers) > 1:
+                    if takes_turns:
                         asker.release()  # each has all memory in its turn
                     on_step()
         finally:

@@ -13,8 +13,8 @@ from engine.bench.needles.needle import held_out_names, names_for_training
 from engine.bench.needles.passkey_grid import PasskeyGrid
 from engine.errors import InputError
 
-# The retrieval model that ships with the project; training/ is how it came about.
 _ROOT = Path(__file__).resolve().parents[3]
+# The retrieval model that ships with the project; training/ is how it came about.
 SHIPPED_MODEL = _ROOT / "assets" / "retrieval-1m"
 NAMES = ("seen", "unseen")
 # Generated for each question: the answer, and room for tokenizers that need more tokens for it than the shipped one.
