@@ -1,4 +1,4 @@
-"""Training documents: needles and a passkey hidden in sentences, then questions with their answers, as token ids.
+"""Training documents: needles, a passkey and decoys hidden in sentences, then questions with their answers, as token ids.
 
 The answers are trained on, and what surely follows them. Evaluation's text is another stream of the generator, its
 pairs of name and colour are never in these documents, and it has names of its own too.
@@ -13,9 +13,12 @@ from tokenizers import Tokenizer
 
 from engine.bench.needles import needle, passkey
 from engine.bench.needles.needle import Needle
+from training.decoys import decoys
 from training.vocabulary import BOS_ID, EOS_ID
 
 IGNORED = -100  # the label of a token that is not trained on
+_NUM_DECOYS = 5000
+_MAX_DECOY_SHARE = 0.3  # of a document's text
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class DocumentMaker:
     def __init__(self, tokenizer: Tokenizer, pools: Sequence[Sequence[str]], rng: np.random.Generator):
         self._tokenizer, self._rng = tokenizer, rng
         self._pools = [self._encode_all([f" {sentence}" for sentence in pool]) for pool in pools]
+        self._decoys = self._encode_all([f" {decoy}" for decoy in decoys(_NUM_DECOYS, rng)])
         self._names = needle.names_for_training()
         self._cache: dict[str, list[int]] = {}
         two = [self._encode(Needle(name, "amber").question) for name in self._names[:2]]
@@ -63,7 +67,6 @@ class DocumentMaker:
         )
         start, end = self._encode(needle.DOCUMENT_START), self._encode(needle.DOCUMENT_END)
         hidden = [self._needle_tokens(one) for one in needles] + [self._encode(" " + key.sentence)]
-        rng.shuffle(hidden)
         room = shape.length - 1 - len(start) - len(end) - sum(len(q) + len(a) for q, a in turns)
         tokens = [BOS_ID, *start, *self._hide(hidden, room), *end]
         asked = []
@@ -83,10 +86,16 @@ class DocumentMaker:
         return tokens + answer, [(len(tokens), len(tokens) + len(answer))]
 
     def _hide(self, hidden: list[list[int]], room: int) -> list[int]:
-        """The token ids of a random stretch of a pool with ``hidden`` between its sentences, up to ``room`` of them."""
+        """The token ids of a random stretch of a pool with ``hidden`` and some decoys between its sentences, up to
+        ``room`` of them.
+        """
         pool = self._pools[self._rng.integers(len(self._pools))]
         room -= sum(map(len, hidden))
         assert room >= 0, "the questions and needles of a shape must fit its length"
+        some = self._draw_decoys(self._rng.uniform(0, _MAX_DECOY_SHARE) * room)
+        room -= sum(map(len, some))
+        hidden = [*hidden, *some]
+        self._rng.shuffle(hidden)
         at = int(self._rng.integers(len(pool)))
         stretch: list[list[int]] = []
         while (size := len(pool[at]) if stretch else self._size_of_first(pool[at])) <= room:
@@ -101,8 +110,17 @@ class DocumentMaker:
             before = place
         return [*self._without_space(pieces[0]), *chain.from_iterable(pieces[1:])]
 
+    def _draw_decoys(self, room: float) -> list[list[int]]:
+        drawn: list[list[int]] = []
+        while True:
+            decoy = self._decoys[self._rng.integers(len(self._decoys))]
+            room -= len(decoy)
+            if room < 0:
+                return drawn
+            drawn.append(decoy)
+
     def _size_of_first(self, sentence: list[int]) -> int:
-        """A sentence may be longer without the space before it; needles, whose words are all tokens, are not."""
+        """A sentence may be longer without the space before it; needles and decoys, whose words are all tokens, are not."""
         return max(len(sentence), len(self._without_space(sentence)))
 
     def _without_space(self, tokens: list[int]) -> list[int]:

@@ -44,8 +44,8 @@ class Recipe:
         Phase(600, 320, 24, max_needles=8, max_questions=8),
         Phase(400, 1024, 12, max_needles=32, max_questions=24),
         Phase(300, 2048, 6, max_needles=80, max_questions=48, max_positions=MAX_POSITIONS),
-        Phase(500, 4096, 4, max_needles=192, max_questions=64, max_positions=MAX_POSITIONS),
-        Phase(400, 8192, 2, max_needles=270, max_questions=96, max_positions=MAX_POSITIONS),
+        Phase(500, 4096, 4, max_needles=192, max_questions=64, passkey_share=0.4, max_positions=MAX_POSITIONS),
+        Phase(400, 8192, 2, max_needles=270, max_questions=96, passkey_share=0.4, max_positions=MAX_POSITIONS),
     )
 
     @property
