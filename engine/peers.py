@@ -121,7 +121,7 @@ class Peers:
     def leave(self) -> None:
         with suppress(RuntimeError):  # the store may have ended with its process
             self._store.set(f"left {self._rank}", "")
-        if self._handler is not None:
+        if self._handler is not None and signal.getsignal(signal.SIGTERM) == self._on_sigterm:
             signal.signal(signal.SIGTERM, self._handler)
 
     @property
@@ -142,7 +142,17 @@ class Peers:
         return None
 
     def explain(self, error: RuntimeError) -> RankLostError:
-        """Of a collective that failed. Looks for the rank at fault; one that is stopped goes on, so that it can end."""
+        """Of a collective that failed. Looks for the rank at fault; one that is stopped goes on, so that it can end.
+
+        When it is this rank that is to tell it, SIGTERM is ignored from now on: the launcher, which has seen the other
+        rank end as well, sends it at any moment from now to the end of this process.
+        """
+        explained = self._explain(error)
+        if self._handler is not None and not explained.told_elsewhere:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return explained
+
+    def _explain(self, error: RuntimeError) -> RankLostError:
         deadline = time.monotonic() + _ENDING_S
         while True:
             if (killed := self._killed()) is not None:

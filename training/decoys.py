@@ -25,7 +25,10 @@ _MAX_DIGITS = 7  # as many as passkeys have
 def decoys(num: int, rng: np.random.Generator) -> Iterator[str]:
     """``num`` sentences, of numbers of one to seven digits; half of them begin with theirs."""
     for _ in range(num):
-        form = _FORMS[int(rng.integers(len(_FORMS)))]
+        form = _one_of(_FORMS, rng)
         number = draw_passkey(int(rng.integers(1, _MAX_DIGITS + 1)), rng).digits
-        noun, verb = NOUNS[int(rng.integers(len(NOUNS)))], INTRANSITIVE_VERBS[int(rng.integers(len(INTRANSITIVE_VERBS)))]
-        yield form.format(number=number, noun=noun, verb=verb)
+        yield form.format(number=number, noun=_one_of(NOUNS, rng), verb=_one_of(INTRANSITIVE_VERBS, rng))
+
+
+def _one_of(words: tuple[str, ...], rng: np.random.Generator) -> str:
+    return words[int(rng.integers(len(words)))]

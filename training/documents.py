@@ -1,4 +1,4 @@
-"""Training documents: needles, a passkey and decoys hidden in sentences, then questions with their answers, as token ids.
+"""Training documents, as token ids: needles, a passkey and decoys hidden in sentences, then questions and answers.
 
 The answers are trained on, and what surely follows them. Evaluation's text is another stream of the generator, its
 pairs of name and colour are never in these documents, and it has names of its own too.
@@ -120,7 +120,7 @@ class DocumentMaker:
             drawn.append(decoy)
 
     def _size_of_first(self, sentence: list[int]) -> int:
-        """A sentence may be longer without the space before it; needles and decoys, whose words are all tokens, are not."""
+        """A sentence may be longer without the space before it; what is hidden, all of whose words are tokens, is not."""
         return max(len(sentence), len(self._without_space(sentence)))
 
     def _without_space(self, tokens: list[int]) -> list[int]:

@@ -6,6 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed import HashStore, PrefixStore
+
+from engine.peers import Peers, _Process, _status
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked at through /proc")
 
@@ -36,3 +39,62 @@ def test_of_the_launchers_processes_those_of_the_group_are_awakened():
         for process in processes.values():
             process.kill()
             process.wait()
+
+
+class TestSigterm:
+    """This process is rank 0, and ``sleep`` is rank 1."""
+
+    @pytest.fixture(autouse=True)
+    def ended(self):
+        """Grows when SIGTERM does what it did before the group was joined: end the process."""
+        ended = []
+        before = signal.signal(signal.SIGTERM, lambda *_: ended.append(True))
+        yield ended
+        signal.signal(signal.SIGTERM, before)
+
+    @pytest.fixture
+    def other(self):
+        process = subprocess.Popen(["sleep", "60"])
+        yield process
+        process.kill()
+        process.wait()
+
+    @pytest.fixture
+    def store(self, other):
+        store, (_, _, started) = PrefixStore("peers", HashStore()), _status(other.pid)
+        store.set("process 1", f"{_Process.own().place}/{other.pid}/{started}")
+        return store
+
+    @pytest.fixture
+    def peers(self, store):
+        peers = Peers(store.underlying_store, rank=0, size=2, timeout_s=10)
+        peers.take_sigterm()
+        return peers
+
+    def test_a_rank_that_is_to_tell_of_a_lost_one_is_not_ended_before_it_has(self, peers, other, ended):
+        other.kill()
+        error = peers.explain(RuntimeError("the connection was closed"))
+        assert f"rank 1 (process {other.pid}) is dead" in str(error) and not error.told_elsewhere
+        peers.leave()
+        os.kill(os.getpid(), signal.SIGTERM)  # as the launcher does
+        assert not ended
+
+    def test_a_rank_that_leaves_the_telling_to_another_can_be_ended(self, peers, store, ended):
+        store.set("left 1", "")
+        assert peers.explain(RuntimeError("the connection was closed")).told_elsewhere
+        peers.leave()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ended
+
+    def test_cleaning_up_after_it_is_not_disturbed_by_a_second(self, peers, ended):
+        with pytest.raises(SystemExit):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        peers.leave()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not ended
+
+    def test_it_is_as_it_was_once_the_group_is_left(self, peers, ended):
+        peers.leave()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ended

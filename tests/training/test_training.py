@@ -1,5 +1,6 @@
 """How the retrieval model is trained: on which tokens, that a stop changes nothing, and what comes out."""
 
+import re
 from dataclasses import replace
 from itertools import islice
 
@@ -13,6 +14,7 @@ from engine.bench.needles import needle
 from engine.bench.needles.prose import sentences
 from engine.bench.needles.words import COLORS, NAMES
 from engine.errors import InputError
+from training.decoys import decoys
 from training.documents import IGNORED, DocumentMaker, Shape
 from training.export import export
 from training.model import RetrievalModel, start
@@ -108,6 +110,31 @@ class TestDocuments:
 
     def test_documents_are_as_long_as_they_may_be(self, batch):
         assert ((batch[0] != EOS_ID).sum(1) > 650).all()
+
+
+    def test_some_sentences_have_numbers_that_are_no_passkeys(self, batch, tokenizer):
+        """More than the text itself has, and another share of every document."""
+        counts = []
+        for tokens in batch[0]:
+            sentences = re.split(r"(?<=\.)\s", tokenizer.decode(tokens.tolist()).partition(" pass key? ")[0])
+            numbers = [s for s in sentences if re.match(r"\d{1,7} ", s) or re.search(r" \d{1,7}\.$", s)]
+            counts.append(sum("pass key" not in sentence for sentence in numbers))
+        assert sum(counts) > 5 * len(counts) and min(counts) < 4 and max(counts) > 10
+
+
+class TestDecoys:
+    def test_what_they_are(self):
+        made = list(decoys(600, np.random.default_rng(0)))
+        lengths = {len(re.search(r"\d+", sentence)[0]) for sentence in made}
+        assert lengths == {1, 2, 3, 4, 5, 6, 7}
+        assert 200 < sum(sentence[0].isdigit() for sentence in made) < 400
+        assert not any("pass" in sentence for sentence in made)
+
+    def test_their_words_are_tokens(self, tokenizer):
+        """So that one is no longer where it begins a document, without the space before it."""
+        for sentence in decoys(600, np.random.default_rng(1)):
+            begun, spaced = tokenizer.encode_batch([sentence, f" {sentence}"], add_special_tokens=False)
+            assert len(begun) <= len(spaced), sentence
 
 
 class TestPositions:
