@@ -120,7 +120,7 @@ class DocumentMaker:
             drawn.append(decoy)
 
     def _size_of_first(self, sentence: list[int]) -> int:
-        """A sentence may be longer without the space before it; what is hidden, all of whose words are tokens, is not."""
+        """A sentence may be longer without the space before it; what is hidden, words that are tokens, is not."""
         return max(len(sentence), len(self._without_space(sentence)))
 
     def _without_space(self, tokens: list[int]) -> list[int]:
