@@ -14,6 +14,8 @@ import torch.distributed as dist
 
 # Seconds in which a process whose connections have just broken is seen to have ended.
 _ENDING_S = 1.0
+# Seconds in which the launcher, having seen that a rank has ended, sends SIGTERM to the others. It looks every 0.1 s.
+_LAUNCHER_S = 10.0
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _STOPPED = ("T", "t")  # by a signal, by a debugger
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
@@ -112,6 +114,7 @@ class Peers:
             if place == own.place:
                 self._others[other] = _Process(place, int(pid), started)
         self._handler = None
+        self._due_until = 0.0  # as time.monotonic() has it
 
     def take_sigterm(self) -> None:
         """From now on SIGTERM raises, in place of ending the process at once, wherever Python can act on it."""
@@ -121,8 +124,8 @@ class Peers:
     def leave(self) -> None:
         with suppress(RuntimeError):  # the store may have ended with its process
             self._store.set(f"left {self._rank}", "")
-        if self._handler is not None and signal.getsignal(signal.SIGTERM) == self._on_sigterm:
-            signal.signal(signal.SIGTERM, self._handler)
+        if self._handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._after_leaving if self._is_one_due() else self._handler)
 
     @property
     def are_all_here(self) -> bool:
@@ -144,12 +147,12 @@ class Peers:
     def explain(self, error: RuntimeError) -> RankLostError:
         """Of a collective that failed. Looks for the rank at fault; one that is stopped goes on, so that it can end.
 
-        When it is this rank that is to tell it, SIGTERM is ignored from now on: the launcher, which has seen the other
-        rank end as well, sends it at any moment from now to the end of this process.
+        When it is this rank that is to tell it, the next SIGTERM is let pass, if it comes soon: it is the launcher's,
+        which has seen the other rank end as well, and the error is on its way already.
         """
         explained = self._explain(error)
-        if self._handler is not None and not explained.told_elsewhere:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if not explained.told_elsewhere:
+            self._due_until = time.monotonic() + _LAUNCHER_S
         return explained
 
     def _explain(self, error: RuntimeError) -> RankLostError:
@@ -169,8 +172,21 @@ class Peers:
                 return RankLostError(f"another rank did not answer, though none here has ended or is stopped: {said}")
             time.sleep(0.02)
 
+    def _is_one_due(self) -> bool:
+        return time.monotonic() < self._due_until
+
+    def _after_leaving(self, number: int, _) -> None:
+        """SIGTERM is what it was before the group, but for the one that is due."""
+        passes, self._due_until = self._is_one_due(), 0.0
+        signal.signal(number, self._handler)
+        if not passes:
+            os.kill(os.getpid(), number)
+
     def _on_sigterm(self, *_) -> None:
         """The launcher ends all ranks when one has died, and nobody but this rank may be left to say so."""
+        if self._is_one_due():
+            self._due_until = 0.0
+            return
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         killed = self._killed()
         raise SystemExit(128 + signal.SIGTERM) if killed is None or killed.told_elsewhere else killed

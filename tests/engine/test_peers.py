@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,11 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="pr
 
 def state(process: subprocess.Popen) -> str:
     return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.01)  # Python acts on it between two of its own steps
 
 
 def test_of_the_launchers_processes_those_of_the_group_are_awakened():
@@ -71,30 +77,50 @@ class TestSigterm:
         peers.take_sigterm()
         return peers
 
-    def test_a_rank_that_is_to_tell_of_a_lost_one_is_not_ended_before_it_has(self, peers, other, ended):
+    @pytest.mark.parametrize("leaves_first", [False, True])
+    def test_a_rank_that_is_to_tell_of_a_lost_one_is_not_ended_before_it_has(self, peers, other, ended, leaves_first):
         other.kill()
         error = peers.explain(RuntimeError("the connection was closed"))
         assert f"rank 1 (process {other.pid}) is dead" in str(error) and not error.told_elsewhere
-        peers.leave()
-        os.kill(os.getpid(), signal.SIGTERM)  # as the launcher does
+        if leaves_first:
+            peers.leave()
+        terminate()  # as the launcher does
         assert not ended
+        peers.leave()
+        terminate()  # by somebody else
+        assert ended
+
+    def test_it_can_be_ended_later(self, peers, other, ended, monkeypatch):
+        """A program that goes on after the error."""
+        monkeypatch.setattr("engine.peers._LAUNCHER_S", 0.05)
+        other.kill()
+        peers.explain(RuntimeError("the connection was closed"))
+        peers.leave()
+        time.sleep(0.1)
+        terminate()
+        assert ended
+
+    def test_another_thread_can_explain_and_leave(self, peers, other):
+        other.kill()
+        with ThreadPoolExecutor(1) as pool:
+            error = pool.submit(peers.explain, RuntimeError("the connection was closed")).result()
+            pool.submit(peers.leave).result()
+        assert "is dead" in str(error)
 
     def test_a_rank_that_leaves_the_telling_to_another_can_be_ended(self, peers, store, ended):
         store.set("left 1", "")
         assert peers.explain(RuntimeError("the connection was closed")).told_elsewhere
         peers.leave()
-        os.kill(os.getpid(), signal.SIGTERM)
+        terminate()
         assert ended
 
     def test_cleaning_up_after_it_is_not_disturbed_by_a_second(self, peers, ended):
         with pytest.raises(SystemExit):
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(1)
-        peers.leave()
-        os.kill(os.getpid(), signal.SIGTERM)
+            terminate()
+        terminate()
         assert not ended
 
     def test_it_is_as_it_was_once_the_group_is_left(self, peers, ended):
         peers.leave()
-        os.kill(os.getpid(), signal.SIGTERM)
+        terminate()
         assert ended
