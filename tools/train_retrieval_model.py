@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from engine.bench.needles.haystack import read_haystack
 from engine.cli import make_app, make_console, run
 from engine.errors import InputError
+from engine.files import check_outdir
 from training.export import export
 from training.recipe import RECIPE, TINY, Recipe
 from training.trainer import StepReport, Trainer, train
@@ -73,7 +74,11 @@ def main(
         raise InputError(f"--text-share {text_share:g} was given without --text-file; accepted: both, or neither")
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    state_dir = state_dir or outdir.with_name(outdir.name + ".training")
+    if state_dir is None:
+        named = outdir if outdir.name not in ("", "..") else outdir.resolve()
+        state_dir = named.with_name(f"{named.name}.training")
+    for folder in (outdir, state_dir):
+        check_outdir(folder)
     texts = []
     for path in text_file or ():
         sentences = read_haystack(path).sentences
@@ -82,9 +87,11 @@ def main(
     console = make_console(stderr=True)
     console.print("Making the vocabulary ...")
     trainer = Trainer(_RECIPES[recipe], texts)
-    trainer.resume(state_dir)
+    begun_otherwise = trainer.resume(state_dir)
     if trainer.step:
         console.print(f"Going on after step {trainer.step} of {trainer.recipe.num_steps}, from {state_dir}.")
+    if begun_otherwise:
+        console.print(f"It was begun with {begun_otherwise}: the result will differ in its last bits.")
     with _progress(trainer, console) as on_step:
         train(trainer, state_dir, on_step)
     export(trainer.model, trainer.tokenizer, outdir)

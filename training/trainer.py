@@ -104,6 +104,7 @@ class Trainer:
             "texts": self._texts_hash,
             "step": self.step,
             "seconds": self.seconds,
+            "begun_with": _made_by(),
             "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "rng": self._rng.bit_generator.state,
@@ -112,14 +113,15 @@ class Trainer:
         outdir.mkdir(parents=True, exist_ok=True)
         write_whole(outdir / STATE_FILE, buffer.getvalue())
 
-    def resume(self, outdir: Path) -> None:
-        """Goes on where a run with ``outdir`` stopped; nothing happens when there was none.
+    def resume(self, outdir: Path) -> str | None:
+        """Goes on where a run with ``outdir`` stopped; nothing happens when there was none. Returns what that run had
+        other than this one and results depend on in their last bits, in words; None where all is the same.
 
         Raises InputError for the state of another recipe or of other texts, and for a file that is none.
         """
         path = outdir / STATE_FILE
         if not path.exists():
-            return
+            return None
         try:
             state = torch.load(path, weights_only=True)
             same = (state["recipe"], state["texts"]) == (repr(asdict(self.recipe)), self._texts_hash)
@@ -130,10 +132,17 @@ class Trainer:
                 f"{path} is of another recipe or of other texts; accepted: the ones it was begun with; give those, or "
                 "use another folder"
             )
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.seconds, begun_with = state["step"], state["seconds"], state["begun_with"]
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._rng.bit_generator.state = state["rng"]
+        return None if begun_with == _made_by() else begun_with
+
+
+def _made_by() -> str:
+    """Whose sums have other last bits with each of them."""
+    num_threads = torch.get_num_threads()
+    return f"{num_threads} thread{'s' * (num_threads != 1)} and PyTorch {torch.__version__}"
 
 
 def train(trainer: Trainer, outdir: Path, on_step: Callable[[StepReport], None]) -> None:

@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import yaml
 from checkpoints import save_tiny
 from commands import Command, assert_mistake, torchrun
 from documented import fields_of_table
+from safetensors.torch import load_file, save_file
 
 from engine.arena import NoRoomError
 from engine.bench import report
@@ -15,6 +17,7 @@ from engine.bench.modes import ModelOptions
 from engine.bench.needles.asking import Asker
 from engine.bench.needles.needle_results import NEEDLE_FILES
 from engine.bench.needles.passkey_results import PASSKEY_FILES
+from engine.bench.needles.settings import SHIPPED_MODEL
 from engine.shard_writer import write_shards
 
 needles = Command("scripts/needles.py")
@@ -32,10 +35,11 @@ def out(tmp_path):
 @pytest.fixture
 def refused(out, monkeypatch):
     """Asserts that the command is refused before any model is loaded, and writes nothing."""
-    monkeypatch.setattr(ModelOptions, "load", None)
+
 
     def check(arguments, *parts):
         before = sorted(out.rglob("*"))
+        monkeypatch.setattr(ModelOptions, "load", None)
         for extra in ([], ["--dry-run"]):
             assert_mistake(needles("--save-dir", out, *arguments, *extra), *parts)
         assert sorted(out.rglob("*")) == before
@@ -178,7 +182,7 @@ class TestOptions:
     def test_without_matplotlib_there_are_tables_all_the_same(self, out, monkeypatch):
         monkeypatch.setattr(report, "find_spec", lambda library: None)
         done = needles("--save-dir", out, *SMALL, "--passkey-grid", "100words_1x1x1_7digits")
-        assert (done.status, "all lengths: exact" in done.stdout) == (0, True)
+        assert (done.status, "\n100 words: exact" in done.stdout) == (0, True)
         assert f"Results and CSV are in {out}. No plots: plotting needs matplotlib" in done.stdout
         assert sorted(path.name for path in out.glob("*.*")) == ["needles.csv", "passkey.csv"]
 
@@ -278,6 +282,22 @@ class TestGoingOn:
     @pytest.fixture
     def settled(self, out):
         assert needles("--save-dir", out, *SMALL, "--passkey-grid", "100words_1x1x1_7digits").status == 0
+
+    def test_another_model_of_that_name_is_refused(self, out, refused, tmp_path):
+        shutil.copytree(SHIPPED_MODEL, tmp_path / "model")
+        arguments = (*SMALL, "--pretrained-name", tmp_path / "model", "--num-warmup-iters", 0, "--passkey-grid", "none")
+        assert needles("--save-dir", out, *arguments).status == 0
+        weights = load_file(tmp_path / "model" / "model.safetensors")
+        save_file({name: weight + 1 for name, weight in weights.items()}, tmp_path / "model" / "model.safetensors")
+        refused([*arguments], "was measured with model digest ", "; this run has ")
+
+    def test_another_text_of_that_name_is_refused_though_other_numbers_are_asked_for(self, out, refused, tmp_path):
+        arguments = (*SMALL, "--base-prompt-string-length", 500, "--haystack-file", tmp_path / "book.txt")
+        (tmp_path / "book.txt").write_text("The first text. " * 100)
+        assert needles("--save-dir", out, *arguments, "--passkey-grid", "100words_1x1x1_7digits").status == 0
+        (tmp_path / "book.txt").write_text("The second text. " * 100)
+        other = ["--num-questions", 8, "--passkey-grid", "120words_1x1x1_7digits"]
+        refused([*arguments, *other], "was measured with haystack digest ")
 
     @pytest.mark.parametrize(
         ("changes", "message"),

@@ -1,4 +1,5 @@
 import pytest
+import torch
 from commands import Command, assert_mistake
 
 from engine.llm import LLM
@@ -42,6 +43,21 @@ def test_goes_on_after_a_stop(tmp_path):
     done = tool(tmp_path / "model", "--recipe", "tiny", "--state-dir", state)
     assert done.status == 0
     assert f"Going on after step 4 of 6, from {state}." in done.stderr
+    assert "was begun with" not in done.stderr
+
+
+def test_goes_on_with_other_threads_and_says_so(tmp_path):
+    num_threads = torch.get_num_threads()
+    trainer = Trainer(TINY, [])
+    trainer.train_step()
+    trainer.save(tmp_path / "state")
+    try:
+        other = num_threads + 1
+        done = tool(tmp_path / "model", "--recipe", "tiny", "--state-dir", tmp_path / "state", "--num-threads", other)
+    finally:
+        torch.set_num_threads(num_threads)
+    assert done.status == 0
+    assert f"It was begun with {num_threads} thread" in done.stderr and "differ in its last bits" in done.stderr
 
 
 def test_mistakes(tmp_path, book):
@@ -56,3 +72,21 @@ def test_mistakes(tmp_path, book):
     done = tool(other, "--recipe", "tiny", "--text-file", book, "--state-dir", tmp_path / "model.training")
     assert done.status == 2 and "is of another recipe or of other texts" in done.stderr
     assert not other.exists()
+
+
+def test_folders_that_cannot_be_written_to_are_told_of_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "train_step", None)
+    (tmp_path / "file").write_text("")
+    assert_mistake(tool(tmp_path / "file", "--recipe", "tiny"), f"{tmp_path / 'file'} is a file")
+    assert_mistake(tool(tmp_path / "file" / "model", "--recipe", "tiny"), f"{tmp_path / 'file'} is a file")
+    state = ("--state-dir", tmp_path / "file")
+    assert_mistake(tool(tmp_path / "model", "--recipe", "tiny", *state), f"{tmp_path / 'file'} is a file")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_the_folder_at_hand(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "model")
+    done = tool(".", "--recipe", "tiny")
+    assert done.status == 0, done.stderr
+    assert (tmp_path / "model" / "config.json").exists() and (tmp_path / "model.training").is_dir()

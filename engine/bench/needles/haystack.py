@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.bench.needles.identity import text_digest
 from engine.bench.needles.prose import sentences
 from engine.errors import InputError
 
@@ -17,10 +18,12 @@ _ABBREVIATIONS = frozenset(
 
 @dataclass(frozen=True)
 class Haystack:
-    """Sentences in the order in which a document takes them; ``name`` says what they are."""
+    """Sentences in the order in which a document takes them; ``name`` says what they are, and ``digest`` tells a text
+    from others of that name."""
 
     name: str
     sentences: Sequence[str]
+    digest: str = ""  # of the generator none: its seed is in the name
 
     def take(self, num_characters: int) -> list[str]:
         """As many sentences, from the first on, as ``num_characters`` hold when a space parts them, or one more.
@@ -61,8 +64,9 @@ def read_haystack(path: Path, start: float = 0.0) -> Haystack:
     found = split_sentences(text)
     if not found:
         raise InputError(f"{path} has no text; accepted: a text file with sentences; give another")
-    name = path.name if not start else f"{path.name} after {start:.0%} of its sentences"
-    return Haystack(name, found[int(start * len(found)) :])
+    name = path.name if not start else f"{path.name} after {100 * start:g}% of its sentences"
+    left = found[int(start * len(found)) :]
+    return Haystack(name, left, text_digest(left))
 
 
 def split_sentences(text: str) -> list[str]:

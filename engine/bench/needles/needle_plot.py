@@ -82,8 +82,7 @@ def _draw_times(axes: Axes, results: Sequence[NeedlesResult]) -> None:
 
 def _draw_depths(axes: Axes, runs: Sequence[NeedlesResult]) -> None:
     """A heat map of depth against length: a line of cells a run and document, for the most questions about it."""
-    shares = [[np.nan if one.share is None else one.share for one in run.accuracy_by_depth] for run in runs]
-    draw_shares(axes, shares, "right answers")
+    draw_shares(axes, [run.accuracy_by_depth for run in runs], "right answers")
     labels = [f"{_label(run)}\n{run.questions.num_questions} questions: {run.accuracy.text}" for run in runs]
     axes.set_yticks(range(len(runs)), labels, fontsize=8)
     axes.set_xticks(

@@ -47,9 +47,11 @@ def setting_of(result: NeedlesResult) -> tuple[str, ...]:
     return (
         result.sweep,
         result.model_name,
+        result.model_digest,
         *environment,
         str(result.num_few_shot),
         result.haystack,
+        result.haystack_digest,
         result.names,
         str(result.seed),
     )
@@ -154,9 +156,10 @@ def _print_depths(rows: Sequence[NeedlesRow], console: "Console") -> None:
     if not results:
         return
     width = 100 // NUM_DEPTHS
-    table = _table("right, by depth", *(f"{i * width}-{(i + 1) * width}%" for i in range(NUM_DEPTHS)))
+    headings = (f"{i * width}-{(i + 1) * width}%" for i in range(NUM_DEPTHS))
+    table = _table("right, of those asked,\nby depth", *headings)
     for result in results:
-        shares = [format_number(one.share, ".0%") for one in result.accuracy_by_depth]
+        shares = [f"{one.num_right}/{one.num_asked}" for one in result.accuracy_by_depth]
         sizes = (f"{result.num_document_tokens:,}", str(result.questions.num_questions))
         table.add_row(*sizes, result.questions.name, *shares)
     console.print(table)
@@ -209,13 +212,14 @@ def _at_once(result: NeedlesResult) -> str:
 # ---- CSV
 
 _RESULT_COLUMNS = (
-    "sweep attention status haystack names num_document_tokens num_needles num_few_shot num_new_tokens "
-    "num_at_once ms_per_question seed run message"
+    "sweep model_digest attention status haystack haystack_digest names num_document_tokens "
+    "num_needles num_few_shot num_new_tokens num_at_once ms_per_question seed run message"
 ).split()
 _ENVIRONMENT_COLUMNS = "device device_name dtype world_size num_threads git_revision".split()
-_DEPTHS = [f"accuracy_depth_{i}" for i in range(NUM_DEPTHS)]
+_BY_DEPTH = ("accuracy", "accuracy_low", "accuracy_high", "asked")
 _COLUMNS = (
-    "name", "num_characters", "num_questions", "model", "accuracy", "accuracy_low", "accuracy_high", *_DEPTHS,
+    "name", "num_characters", "num_questions", "model", "accuracy", "accuracy_low", "accuracy_high",
+    *(f"{name}_depth_{i}" for i in range(NUM_DEPTHS) for name in _BY_DEPTH),
     "prefill_ms", "answer_ms", "answer_spread", "first_token_ms", "decode_ms", "decode_spread", "vs_noshared",
     "vs_noshared_spread", "vs_noshared_same_run", "same_answers_as_noshared", "num_iters", "num_warmup", "peak_bytes",
     *_RESULT_COLUMNS, *_ENVIRONMENT_COLUMNS, "torch",
@@ -238,7 +242,7 @@ def _csv_values(row: NeedlesRow) -> dict[str, object]:
         "accuracy": result.accuracy.share,
         "accuracy_low": low if result.asked_by_depth else None,
         "accuracy_high": high if result.asked_by_depth else None,
-        **dict(zip(_DEPTHS, (one.share for one in result.accuracy_by_depth), strict=False)),
+        **_values_by_depth(result),
         "prefill_ms": median(result.prefill_ms) if result.prefill_ms else None,
         "answer_ms": result.answer and result.answer.median,
         "answer_spread": result.answer.relative if len(result.answer_ms) > 1 else None,
@@ -256,6 +260,15 @@ def _csv_values(row: NeedlesRow) -> dict[str, object]:
         **{name: environment.get(name) for name in _ENVIRONMENT_COLUMNS},
         "torch": (environment.get("versions") or {}).get("torch"),
     }
+
+
+def _values_by_depth(result: NeedlesResult) -> dict[str, object]:
+    values = {}
+    for depth, one in enumerate(result.accuracy_by_depth):
+        interval = one.interval if one.num_asked else (None, None)
+        for name, value in zip(_BY_DEPTH, (one.share, *interval, one.num_asked), strict=True):
+            values[f"{name}_depth_{depth}"] = value
+    return values
 
 
 # ---- plot

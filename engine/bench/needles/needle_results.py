@@ -40,10 +40,12 @@ class NeedlesResult:
     questions: Questions
     status: Status
     model_name: str
+    model_digest: str  # tells it from others of that name
     attention: str
     seed: int
     environment: dict[str, Any]  # as from describe_environment
     haystack: str
+    haystack_digest: str  # likewise; empty where it was generated
     names: str  # which ones the needles have: "seen" or "unseen" by the shipped model in training
     num_document_tokens: int  # with the examples: what all questions share
     num_needles: int

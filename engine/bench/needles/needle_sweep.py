@@ -35,13 +35,20 @@ class NeedleSweep:
     """One document, and what is asked about it."""
 
     def __init__(
-        self, settings: Settings, num_characters: int, tokenizer: Tokenizer, config: ModelConfig, group: TPGroup
+        self,
+        settings: Settings,
+        num_characters: int,
+        tokenizer: Tokenizer,
+        config: ModelConfig,
+        model_digest: str,
+        group: TPGroup,
     ):
         self._settings, self._tokenizer, self._config, self._group = settings, tokenizer, config, group
+        self._model_digest = model_digest
         self.num_characters, self.document = num_characters, settings.document(num_characters)
         self._tokens = tokenizer.encode(self.document.prompt)
-        most = self.document.ask(max(settings.question_counts))
-        self._questions = [tokenizer.encode(one.needle.question, add_special_tokens=False) for one in most]
+        distinct = self.document.ask(min(max(settings.question_counts), len(self.document.needles)))
+        self._questions = [tokenizer.encode(one.needle.question, add_special_tokens=False) for one in distinct]
         self._longest = len(self._tokens) + max(map(len, self._questions)) + NUM_NEW_TOKENS
         self._environment = describe_environment(group.device, config.dtype, group.size, settings.execution)
         self._run = group.broadcast(uuid.uuid4().hex[:12])
@@ -67,7 +74,7 @@ class NeedleSweep:
         """
         left, settings = [], self._settings
         for method in settings.attention:
-            blank = self._blank(method, num_questions)
+            blank = self.blank(method, num_questions)
             if not is_recorded(NEEDLE_FILES, settings.outdir, blank.questions):
                 left.append(method)
                 continue
@@ -100,7 +107,7 @@ class NeedleSweep:
         A method for which memory has no room is recorded as such, and the others go on: all ranks find that alike.
         """
         settings, group = self._settings, self._group
-        measured = {asker.method: _Measured(self._blank(asker.method, num_questions)) for asker in askers}
+        measured = {asker.method: _Measured(self.blank(asker.method, num_questions)) for asker in askers}
         order = random.Random(settings.seed)  # the same on every rank
         takes_turns = len(askers) > 1
         try:
@@ -132,7 +139,8 @@ class NeedleSweep:
 
     def _take(self, turn: "_Turn", asker: Asker, measured: "_Measured", num_questions: int) -> None:
         """Reads the document and asks the questions, once. Out of memory is recorded and ends the run."""
-        outdir, group, questions = self._settings.outdir, self._group, self._questions[:num_questions]
+        outdir, group = self._settings.outdir, self._group
+        questions = [self._questions[i % len(self._questions)] for i in range(num_questions)]
         what = f"{asker.method}, {num_questions} questions about {len(self._tokens):,} tokens"
         remedy = "use a shorter document or more ranks"
         with recorded_when_out_of_memory(NEEDLE_FILES, outdir, measured.blank, group, what, remedy):
@@ -191,17 +199,19 @@ class NeedleSweep:
             for placed, ids, right in zip(asked, one.token_ids, is_right, strict=True)
         ]
 
-    def _blank(self, method: str, num_questions: int) -> NeedlesResult:
+    def blank(self, method: str, num_questions: int) -> NeedlesResult:
         """What is known of a result before it is measured."""
         settings, document = self._settings, self.document
         return NeedlesResult(
             questions=Questions(settings.run_name(method), self.num_characters, num_questions),
             status=Status.OK,
             model_name=settings.model_name,
+            model_digest=self._model_digest,
             attention=method,
             seed=settings.seed,
             environment=self._environment,
             haystack=document.haystack,
+            haystack_digest=settings.haystack.digest,
             names=settings.names,
             num_document_tokens=len(self._tokens),
             num_needles=len(document.needles),

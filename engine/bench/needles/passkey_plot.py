@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 from matplotlib.axes import Axes
 
+from engine.bench.needles.accuracy import Accuracy
 from engine.bench.needles.heat_map import draw_shares
-from engine.bench.needles.passkey_report import overall, passkey_title
+from engine.bench.needles.passkey_report import overall, passkey_title, span
 from engine.bench.needles.passkey_results import PasskeyResult
 from engine.bench.png import new_figure, to_png
 
@@ -22,8 +22,8 @@ def draw_passkeys(grids: Sequence[Sequence[PasskeyResult]]) -> bytes:
 
 
 def _draw_grid(axes: Axes, grid: Sequence[PasskeyResult]) -> None:
-    shares = np.array([[count / result.num_repeats for count in result.exact_by_depth] for result in grid]).T
-    draw_shares(axes, shares, "exact matches")
+    columns = [[Accuracy(count, result.num_repeats) for count in result.exact_by_depth] for result in grid]
+    draw_shares(axes, list(zip(*columns, strict=True)), "exact matches")
     axes.set_xticks(
         range(len(grid)), [f"{result.length.num_words}\n({result.num_tokens})" for result in grid], fontsize=8
     )
@@ -33,5 +33,8 @@ def _draw_grid(axes: Axes, grid: Sequence[PasskeyResult]) -> None:
     exact, partial = overall(grid)
     name, _, rest = passkey_title(grid).partition(": ")
     axes.set_title(
-        f"{name}: exact {exact.text}, partial {partial.share:.1%}\n{rest}", fontsize=9, loc="left", wrap=True
+        f"{name}, {span(grid)}: exact {exact.text}, partial {partial.share:.1%}\n{rest}",
+        fontsize=9,
+        loc="left",
+        wrap=True,
     )

@@ -38,15 +38,36 @@ def overall(grid: Sequence[PasskeyResult]) -> tuple[Accuracy, Accuracy]:
     return exact, sum((result.partial for result in grid), NOTHING_ASKED)
 
 
+def overall_by_depth(grid: Sequence[PasskeyResult]) -> list[tuple[Accuracy, Accuracy]]:
+    """Likewise, of each depth."""
+    answered = [result for result in grid if result.status == Status.OK]
+    num_asked = sum(result.num_repeats for result in answered)
+    return [
+        tuple(
+            Accuracy(sum(getattr(result, name)[depth] for result in answered), num_asked)
+            for name in ("exact_by_depth", "partial_by_depth")
+        )
+        for depth in range(grid[0].num_depths)
+    ]
+
+
+def span(grid: Sequence[PasskeyResult]) -> str:
+    """The lengths in words, such as ``all 5 lengths, 512 to 4096 words``."""
+    first, last = grid[0].length.num_words, grid[-1].length.num_words
+    return f"all {len(grid)} lengths, {first} to {last} words" if len(grid) > 1 else f"{first} words"
+
+
 def _setting(result: PasskeyResult) -> tuple[str, ...]:
     environment = (str(result.environment.get(name, "unknown")) for name in ("device_name", "dtype", "world_size"))
     sizes = (str(result.num_digits), str(result.num_repeats), str(tuple(result.depths)))
     return (
         result.sweep,
         result.model_name,
+        result.model_digest,
         *environment,
         *sizes,
         result.haystack,
+        result.haystack_digest,
         str(result.seed),
         result.length.name,
     )
@@ -56,13 +77,13 @@ def _setting(result: PasskeyResult) -> tuple[str, ...]:
 
 
 def print_passkey_tables(results: Iterable[PasskeyResult], console: "Console") -> None:
-    """A table of each run: a line a length, a column a depth with the share of exact matches."""
+    """A table of each run: a line a length and one for all, a column a depth with the share of exact matches."""
     for grid in passkey_grids(results):
         console.print(passkey_title(grid), style="bold", markup=False, soft_wrap=True)
         _print_grid(grid, console)
         exact, partial = overall(grid)
         console.print(
-            f"all lengths: exact {exact.text}, partial {format_number(partial.share, '.1%')}", highlight=False
+            f"{span(grid)}: exact {exact.text}, partial {format_number(partial.share, '.1%')}", highlight=False
         )
         for result in grid:
             if result.status != Status.OK and result.message:
@@ -86,20 +107,26 @@ def _print_grid(grid: Sequence[PasskeyResult], console: "Console") -> None:
             shares = [MISSING] * len(depths)
             outcome = (str(result.status).replace("_", " "), MISSING, MISSING)
         table.add_row(str(result.length.num_words), str(result.num_tokens), *shares, *outcome)
+    if len(grid) > 1:
+        exact, partial = overall(grid)
+        shares = [format_number(one.share, ".0%") for one, _ in overall_by_depth(grid)]
+        table.add_section()
+        table.add_row("all", "", *shares, exact.text, format_number(partial.share, ".1%"), "")
     console.print(table)
 
 
 # ---- CSV
 
 _COLUMNS = (
-    "sweep name attention model num_words num_tokens depth num_repeats exact exact_low exact_high partial num_digits "
-    "haystack seed status device device_name dtype world_size torch git_revision message"
+    "sweep name attention model model_digest num_words num_tokens depth num_repeats exact exact_low exact_high partial "
+    "num_digits haystack haystack_digest seed status device device_name dtype world_size torch git_revision message"
 ).split()
+_FROM_RESULT = "sweep attention model_digest num_tokens num_digits haystack haystack_digest seed".split()
 
 
 def write_passkey_csv(results: Iterable[PasskeyResult], path: Path) -> None:
-    """Writes a line for each length and depth, one for each length (depth ``all``), and one for each run (words
-    ``all``)."""
+    """Writes a line for each length and depth, one for each length (depth ``all``), and the same of all lengths of a
+    run together (words ``all``)."""
     write_table(path, _COLUMNS, [line for grid in passkey_grids(results) for line in _grid_lines(grid)])
 
 
@@ -109,23 +136,17 @@ def _grid_lines(grid: Sequence[PasskeyResult]) -> Iterator[dict[str, object]]:
             repeats = result.num_repeats
             yield _line(result, depth, Accuracy(exact, repeats), Accuracy(partial, repeats))
         yield _line(result, "all", result.exact, result.partial)
-    exact, partial = overall(grid)
-    yield _line(grid[0], "all", exact, partial) | {
-        "num_words": "all",
-        "num_tokens": None,
-        "status": None,
-        "message": None,
-    }
+    of_all = {"num_words": "all", "num_tokens": None, "status": None, "message": None}
+    for depth, (exact, partial) in zip(grid[0].depths, overall_by_depth(grid), strict=True):
+        yield _line(grid[0], depth, exact, partial) | of_all
+    yield _line(grid[0], "all", *overall(grid)) | of_all
 
 
 def _line(result: PasskeyResult, depth: float | str, exact: Accuracy, partial: Accuracy) -> dict[str, object]:
     environment = result.environment
     low, high = exact.interval if exact.num_asked else (None, None)
     return {
-        **{
-            name: getattr(result, name)
-            for name in ("sweep", "attention", "num_tokens", "num_digits", "haystack", "seed")
-        },
+        **{name: getattr(result, name) for name in _FROM_RESULT},
         **{name: environment.get(name) for name in ("device", "device_name", "dtype", "world_size", "git_revision")},
         "name": result.length.name,
         "model": result.model_name,

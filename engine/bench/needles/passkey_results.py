@@ -35,10 +35,12 @@ class PasskeyResult:
     length: PasskeyLength
     status: Status
     model_name: str
+    model_digest: str  # tells it from others of that name
     attention: str
     seed: int
     environment: dict[str, Any]  # as from describe_environment
     haystack: str
+    haystack_digest: str  # likewise; empty where it was generated
     num_digits: int
     num_repeats: int
     depths: Sequence[float]
@@ -46,7 +48,7 @@ class PasskeyResult:
     message: str = ""  # why a result that is not ok has no answers
     exact_by_depth: Sequence[int] = ()  # answers that have the whole key
     partial_by_depth: Sequence[float] = ()  # the longest run of the key's digits in each answer, added up over repeats
-    total_ms: float = 0.0  # all prompts of the length, read and answered
+    total_ms: float = 0.0  # all prompts of the length, read and answered, once
     sweep: str = field(default="", compare=False)  # the SAVE_DIR it was read from; not in the file
 
     @property

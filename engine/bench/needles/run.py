@@ -5,8 +5,10 @@ from dataclasses import asdict
 from rich.console import Console
 
 from engine.bench.needles.asking import Asker
+from engine.bench.needles.identity import model_digest
 from engine.bench.needles.needle_sweep import NeedleSweep
 from engine.bench.needles.passkey_sweep import PasskeySweep
+from engine.bench.needles.same_settings import check_folder
 from engine.bench.needles.settings import Settings
 from engine.checkpoint import resolve_model
 from engine.distributed import TPGroup
@@ -26,12 +28,14 @@ class _Plan:
         folder = resolve_model(model.name, model.revision, weights=False) if model.tp_dir is None else model.tp_dir
         tokenizer = Tokenizer.from_folder(folder)
         settings.check_lengths(config.max_positions)
-        self.needles = [NeedleSweep(settings, n, tokenizer, config, group) for n in settings.document_lengths]
-        self.passkeys = (
-            None if settings.grid is None else PasskeySweep(settings, settings.grid, tokenizer, config, group)
-        )
+        digest = group.on_rank_0(lambda: model_digest(folder))
+        loaded = tokenizer, config, digest, group
+        self.needles = [NeedleSweep(settings, n, *loaded) for n in settings.document_lengths]
+        self.passkeys = None if settings.grid is None else PasskeySweep(settings, settings.grid, *loaded)
 
         def left() -> tuple[list[dict[int, list[str]]], dict[str, list[int]]]:
+            for method in settings.attention:
+                check_folder(settings, method, self.needles[0].blank(method, settings.question_counts[0]))
             counts = [{n: sweep.unfinished(n) for n in settings.question_counts} for sweep in self.needles]
             lengths = {} if self.passkeys is None else {m: self.passkeys.unfinished(m) for m in settings.attention}
             return counts, lengths

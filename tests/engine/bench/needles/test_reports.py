@@ -102,6 +102,8 @@ class TestComparison:
             {"seed": 1},
             {"names": "unseen"},
             {"haystack": "book.txt"},
+            {"haystack_digest": "0123"},
+            {"model_digest": "0123"},
             {"env": {"dtype": "bfloat16"}},
             {"model_name": "models/large"},
             {"num_few_shot": 0},
@@ -141,7 +143,7 @@ class TestNeedleTables:
         assert [
             "hydragen", "95.0%", "(76.4-99.1)", "20/20", "200.0", "10.0", "30.0", "3.00", "!", "0.0%", "2"
         ] in found  # fmt: skip
-        assert ["1,000", "20", "hydragen", "50%", *["100%"] * 9] in found
+        assert ["1,000", "20", "hydragen", "1/2", *["2/2"] * 9] in found
         assert "! times vary by more than 10%" in text
         assert "~" not in text
 
@@ -170,6 +172,9 @@ class TestNeedleTables:
         first, second = read_csv(path)
         assert (first["num_document_tokens"], second["num_document_tokens"]) == ("1000", "2000")
         assert (first["accuracy"], first["accuracy_depth_0"], first["accuracy_depth_9"]) == ("0.95", "0.5", "1.0")
+        assert (first["asked_depth_0"], first["asked_depth_9"]) == ("2", "2")
+        low, high = (float(first[f"accuracy_{end}_depth_0"]) for end in ("low", "high"))
+        assert (low, high) == (pytest.approx(0.0945, abs=1e-4), pytest.approx(0.9055, abs=1e-4))
         assert (first["answer_ms"], first["decode_ms"], first["ms_per_question"]) == ("40.0", "30.0", "2.0")
         assert (first["vs_noshared"], first["world_size"], first["message"]) == ("", "2", "")
 
@@ -187,7 +192,17 @@ class TestPasskeyTables:
         found = lines(text)
         assert ["512", "612", "100%", "100%", "50%", "83.3%", "(43.6-97.0)", "91.7%", "1.5"] in found
         assert ["1024", "1124", "0%", "100%", "100%", "66.7%", "(30.0-90.3)", "83.3%", "1.5"] in found
-        assert "all lengths: exact 75.0% (46.8-91.1), partial 87.5%" in text
+        assert ["all", "50%", "100%", "75%", "75.0%", "(46.8-91.1)", "87.5%"] in found
+        assert "all 2 lengths, 512 to 1024 words: exact 75.0% (46.8-91.1), partial 87.5%" in text
+
+    def test_what_did_not_run_is_in_no_sum(self):
+        failed = passkey_result(2048, exact=(), partial_by_depth=(), status=Status.DOES_NOT_FIT)
+        found = lines(printed(print_passkey_tables, [*self.RESULTS, failed]))
+        assert ["all", "50%", "100%", "75%", "75.0%", "(46.8-91.1)", "87.5%"] in found
+
+    def test_texts_and_models_of_one_name_have_a_table_each(self):
+        results = [passkey_result(), passkey_result(1024, haystack_digest="b"), passkey_result(700, model_digest="c")]
+        assert [[r.length.num_words for r in grid] for grid in passkey_grids(results)] == [[512], [1024], [700]]
 
     def test_runs_have_a_table_each(self):
         results = [*self.RESULTS, passkey_result(name="noattention"), passkey_result(512, env={"dtype": "bfloat16"})]
@@ -215,7 +230,7 @@ class TestPasskeyTables:
         assert found == [
             ("512", 0, 1, 2), ("512", 0.5, 1, 2), ("512", 1, 0.5, 2), ("512", "all", 5 / 6, 6),
             ("1024", 0, 0, 2), ("1024", 0.5, 1, 2), ("1024", 1, 1, 2), ("1024", "all", 4 / 6, 6),
-            ("all", "all", 0.75, 12),
+            ("all", 0, 0.5, 4), ("all", 0.5, 1, 4), ("all", 1, 0.75, 4), ("all", "all", 0.75, 12),
         ]  # fmt: skip
 
 
@@ -250,7 +265,7 @@ class TestPlots:
     def test_a_depth_that_nothing_was_asked_about(self, figures, tmp_path):
         plot_needles(build_needle_rows([needles_result(num_questions=4, num_right=3)]), tmp_path / "needles.png")
         depths = figures[0].axes[1]
-        assert [text.get_text() for text in depths.texts] == ["0%", *["100%"] * 3, *["-"] * 6]
+        assert [text.get_text() for text in depths.texts] == ["0%\nof 1", *["100%\nof 1"] * 3, *["-"] * 6]
         assert depths.texts[0].get_color() == depths.texts[4].get_color() == "black"
         assert depths.texts[1].get_color() == "white"
 
@@ -260,5 +275,7 @@ class TestPlots:
         first, second = [axes for axes in figures[0].axes if axes.get_title(loc="left")]
         assert first.get_images()[0].get_array().tolist() == [[1, 0], [1, 1], [0.5, 1]]  # depths by lengths
         assert [label.get_text() for label in first.get_xticklabels()] == ["512\n(612)", "1024\n(1124)"]
-        assert first.get_title(loc="left").startswith("hydragen: exact 75.0% (46.8-91.1), partial 87.5%\n")
+        assert first.get_title(loc="left").startswith(
+            "hydragen, all 2 lengths, 512 to 1024 words: exact 75.0% (46.8-91.1), partial 87.5%\n"
+        )
         assert second.get_images()[0].get_array().max() == 0

@@ -80,9 +80,11 @@ class TestHaystack:
     def test_of_a_file(self, tmp_path):
         path = tmp_path / "book.txt"
         path.write_text("\ufeffOne.\r\n\r\nTwo is\nlonger. Three. Four.")
-        assert read_haystack(path) == Haystack("book.txt", ["One.", "Two is longer.", "Three.", "Four."])
-        half = read_haystack(path, 0.5)
+        whole, half = read_haystack(path), read_haystack(path, 0.5)
+        assert (whole.name, whole.sentences) == ("book.txt", ["One.", "Two is longer.", "Three.", "Four."])
         assert (half.name, half.sentences) == ("book.txt after 50% of its sentences", ["Three.", "Four."])
+        assert read_haystack(path, 0.501).name == "book.txt after 50.1% of its sentences"
+        assert whole.digest == read_haystack(path).digest != half.digest
 
     @pytest.mark.parametrize(
         ("content", "message"),
