@@ -5,14 +5,18 @@ from itertools import islice
 
 import numpy as np
 import pytest
+from checkpoints import save_tiny
+from safetensors.torch import load_file, save_file
 
 from engine.bench.needles import haystack as haystacks
 from engine.bench.needles.document import NUM_DEPTHS, make_document, place
 from engine.bench.needles.haystack import Haystack, generated_haystack, read_haystack, split_sentences
+from engine.bench.needles.identity import model_digest
 from engine.bench.needles.needle import Needle, colors_of, draw_needles, held_out_names, names_for_training
 from engine.bench.needles.prose import sentences
 from engine.bench.needles.words import COLORS, NAMES
 from engine.errors import InputError
+from engine.shard_writer import write_shards
 
 
 class TestProse:
@@ -202,3 +206,20 @@ class TestDocument:
         assert text == "1. Aa. 2. Bb. Cc. 3."
         assert [round(position * len(text)) for position in positions] == [0, 7, 18]
         assert place(["Aa."], [], []) == ("Aa.", [])
+
+
+class TestModelDigest:
+    def test_tells_weights_and_tokenizers_apart_and_is_that_of_the_shards(self, tmp_path):
+        models = [save_tiny(tmp_path / name) for name in ("one", "same", "other")]
+        weights = load_file(models[2] / "model.safetensors")
+        save_file({name: weight + 1 for name, weight in weights.items()}, models[2] / "model.safetensors")
+        one, same, other = map(model_digest, models)
+        assert one == same != other
+        write_shards(models[0], tmp_path / "shards", 2, model_name="tiny")
+        assert model_digest(tmp_path / "shards") == one
+        tokenizer = models[1] / "tokenizer.json"
+        tokenizer.write_text(tokenizer.read_text() + "\n")
+        assert model_digest(models[1]) != one
+
+    def test_of_the_hub_it_is_the_commit(self, tmp_path):
+        assert model_digest(tmp_path / "snapshots" / "0123456789abcdef") == "0123456789ab"
