@@ -19,10 +19,8 @@ def draw_shares(axes: Axes, cells: Sequence[Sequence[Accuracy]], label: str) -> 
     image = axes.imshow(np.ma.masked_invalid(values), cmap=_COLORS, vmin=0, vmax=1, aspect="auto")
     axes.set_facecolor(_NOTHING_ASKED)  # shows where a cell is masked
     num_rows, num_columns = values.shape
-    axes.set_xticks(np.arange(num_columns + 1) - 0.5, minor=True)
-    axes.set_yticks(np.arange(num_rows + 1) - 0.5, minor=True)
-    axes.grid(which="minor", color="white", linewidth=1.5)
-    axes.tick_params(which="minor", length=0)
+    axes.vlines(np.arange(1, num_columns) - 0.5, -0.5, num_rows - 0.5, color="white", linewidth=1.5)
+    axes.hlines(np.arange(1, num_rows) - 0.5, -0.5, num_columns - 0.5, color="white", linewidth=1.5)
     axes.spines[:].set_visible(False)
     if values.size <= _MAX_NUMBERED:
         for (row, column), share in np.ndenumerate(values):
