@@ -351,9 +351,7 @@ def write_checkpoint(
     """
     shards = _plan_shards(config, max_shard_bytes)
     folder.mkdir(parents=True, exist_ok=True)
-    present = sorted(path.name for path in folder.iterdir() if _is_model_file(path))
-    if present:
-        raise InputError(f"{folder} already holds {_listed(present)}; choose another folder, or remove these first")
+    check_holds_no_model(folder)
     for leftover in folder.glob(partial_path(Path("*.safetensors")).name):
         leftover.unlink()  # of a run that was killed
 
@@ -390,6 +388,13 @@ def _plan_shards(config: ModelConfig, max_shard_bytes: int) -> list[dict[str, tu
         shards[-1][name] = shape
         room -= size
     return shards
+
+
+def check_holds_no_model(folder: Path) -> None:
+    """Raises InputError when a checkpoint could not be written to ``folder``, because it holds one, or parts of one."""
+    present = sorted(path.name for path in folder.iterdir() if _is_model_file(path)) if folder.is_dir() else []
+    if present:
+        raise InputError(f"{folder} already holds {_listed(present)}; choose another folder, or remove these first")
 
 
 def _is_model_file(path: Path) -> bool:

@@ -87,7 +87,7 @@ def needles(
     """Ask many questions about one document that has the answers hidden in it, and time it; hide passkeys at every
     depth of texts of several lengths.
 
-    With no arguments the retrieval model that ships with the project is asked, in about a minute on 2 cores. A number
+    With no arguments the retrieval model that ships with the project is asked, in less than a minute on 2 cores. A number
     of questions, and a length of the grid, that has a result is skipped, so a run that was stopped goes on. Answers
     are kept beside the results; tables, CSV and plots are made at the end.
 

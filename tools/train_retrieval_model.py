@@ -11,6 +11,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from engine.bench.needles.haystack import read_haystack
+from engine.checkpoint import check_holds_no_model
 from engine.cli import make_app, make_console, run
 from engine.errors import InputError
 from engine.files import check_outdir
@@ -68,8 +69,7 @@ def main(
       python tools/train_retrieval_model.py models/retrieval --text-file war_and_peace.txt
       python tools/train_retrieval_model.py models/tiny --recipe tiny
     """
-    if (outdir / "config.json").exists():
-        raise InputError(f"{outdir} already holds a model; accepted: a folder without one; delete it, or name another")
+    check_holds_no_model(outdir)
     if text_share is not None and not text_file:
         raise InputError(f"--text-share {text_share:g} was given without --text-file; accepted: both, or neither")
     if num_threads is not None:

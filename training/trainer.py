@@ -26,8 +26,8 @@ from training.recipe import Recipe
 from training.vocabulary import build_tokenizer
 
 STATE_FILE = "training.pt"
-_SAVE_EVERY = 20  # steps: half a minute at most
-_PROSE_SEED = 0  # a single number: evaluation's are pairs
+_SAVE_EVERY = 20  # steps: a minute at most
+_PROSE_SEED = 0  # none of evaluation's, which are (1, seed)
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,7 @@ class Trainer:
             return None
         try:
             state = torch.load(path, weights_only=True)
+            begun_with = state["begun_with"]
             same = (state["recipe"], state["texts"]) == (repr(asdict(self.recipe)), self._texts_hash)
         except (OSError, RuntimeError, LookupError, TypeError, EOFError, ValueError, pickle.UnpicklingError) as error:
             raise InputError(f"{path} cannot be read; delete it to begin again, or use another folder") from error
@@ -132,7 +133,7 @@ class Trainer:
                 f"{path} is of another recipe or of other texts; accepted: the ones it was begun with; give those, or "
                 "use another folder"
             )
-        self.step, self.seconds, begun_with = state["step"], state["seconds"], state["begun_with"]
+        self.step, self.seconds = state["step"], state["seconds"]
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._rng.bit_generator.state = state["rng"]

@@ -63,7 +63,9 @@ def test_goes_on_with_other_threads_and_says_so(tmp_path):
 def test_mistakes(tmp_path, book):
     out = tmp_path / "model"
     assert tool(out, "--recipe", "tiny").status == 0
-    assert_mistake(tool(out, "--recipe", "tiny"), f"{out} already holds a model; accepted: a folder without one")
+    assert_mistake(tool(out, "--recipe", "tiny"), f"{out} already holds config.json", "choose another folder")
+    (out / "config.json").unlink()
+    assert_mistake(tool(out, "--recipe", "tiny"), f"{out} already holds model.safetensors")
     other = tmp_path / "other"
     assert_mistake(tool(other, "--text-file", tmp_path / "none.txt"), "none.txt cannot be read")
     assert_mistake(tool(other, "--text-share", 0), "--text-share")

@@ -1,26 +1,32 @@
 """What tells a model, or a text, from another of the same name."""
 
 import hashlib
+import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
-from engine.checkpoint import TOKENIZER_FILES, Checkpoint
+import torch
+
+from engine.checkpoint import TOKENIZER_FILES, Checkpoint, load_config
 from engine.shards import MANIFEST_FILE, open_shards
 
 _LENGTH = 12  # of a digest, in hexadecimal digits
 
 
 def model_digest(folder: Path) -> str:
-    """Of the weights and the tokenizer in a model's folder: the same for its shards. In the Hub's cache, whose folders
-    are named after commits, the commit: there weights may be missing yet."""
+    """Of the weights, the config and the tokenizer in a model's folder: the same for its shards, in whatever dtype. In
+    the Hub's cache, whose folders are named after commits, the commit: there weights may be missing yet."""
     if folder.parent.name == "snapshots":
         return folder.name[:_LENGTH]
     if (folder / MANIFEST_FILE).exists():
-        fingerprint = open_shards(folder).manifest.fingerprint
+        manifest = open_shards(folder).manifest
+        config, fingerprint = manifest.config, manifest.fingerprint
     else:
         with Checkpoint(folder) as checkpoint:
-            fingerprint = checkpoint.fingerprint()
+            config, fingerprint = load_config(folder), checkpoint.fingerprint()
     digest = hashlib.sha256(fingerprint.encode())
+    digest.update(json.dumps(replace(config, dtype=torch.float32).to_hf(), sort_keys=True).encode())
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
             digest.update((folder / name).read_bytes())

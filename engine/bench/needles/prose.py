@@ -30,7 +30,7 @@ _PREFETCH = 4096
 def sentences(seed: int | Sequence[int]) -> Iterator[str]:
     """One sentence after another, with a capital letter and a full stop, the same for the same ``seed``.
 
-    Training of the shipped model has seeds that are one number, evaluation has pairs: their texts differ.
+    Training of the shipped model has the seed 0, evaluation pairs that begin with 1: their texts differ.
     """
     words = _Words(seed)
     while True:

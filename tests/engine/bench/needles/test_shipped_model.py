@@ -50,7 +50,8 @@ def test_without_the_needles_it_guesses():
     document = settings(Path(), **SIZES).document(12_000)
     prompt = document.prompt
     for one in document.needles:
-        prompt = prompt.replace(f" {one.needle.sentence}", "")
+        prompt = prompt.replace(one.needle.sentence, "")
+    assert prompt.count("has fur that is") == SIZES["num_few_shot"]  # those of the examples
     asked = document.ask(128)
     llm = LLM(SHIPPED_MODEL, device="cpu", dtype="float32")
     params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)

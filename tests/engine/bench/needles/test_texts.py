@@ -1,10 +1,12 @@
 """Prose, haystacks, needles and documents: what is asked about, before any model reads it."""
 
+import json
 import re
 from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 from checkpoints import save_tiny
 from safetensors.torch import load_file, save_file
 
@@ -217,6 +219,11 @@ class TestModelDigest:
         assert one == same != other
         write_shards(models[0], tmp_path / "shards", 2, model_name="tiny")
         assert model_digest(tmp_path / "shards") == one
+        write_shards(models[0], tmp_path / "half", 2, model_name="tiny", dtype=torch.bfloat16)
+        assert model_digest(tmp_path / "half") == one
+        config = models[0] / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 0.5}))
+        assert model_digest(models[0]) != one
         tokenizer = models[1] / "tokenizer.json"
         tokenizer.write_text(tokenizer.read_text() + "\n")
         assert model_digest(models[1]) != one
