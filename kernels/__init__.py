@@ -5,9 +5,10 @@ from kernels.backend import Backend
 from kernels.dispatch import OPERATIONS_BACKENDS, available_operations_backends, check_operations_backend
 from kernels.merge import merge_stacked, merge_states
 from kernels.segment import Segment
+from kernels.sparse.api import block_sparse_attention, streaming_forward, vertical_slash_sparse_attention
 
 __all__ = [
     "OPERATIONS_BACKENDS", "AttentionPlan", "Backend", "Planner", "Segment", "available_backends",
-    "available_operations_backends", "check_backend", "check_operations_backend", "merge_stacked",
-    "merge_states",
+    "available_operations_backends", "block_sparse_attention", "check_backend", "check_operations_backend",
+    "merge_stacked", "merge_states", "streaming_forward", "vertical_slash_sparse_attention",
 ]  # fmt: skip

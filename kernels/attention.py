@@ -20,7 +20,7 @@ from kernels.segment import Segment
 
 # As many rows as an AMX tile has. Chosen, not measured.
 _AMX_QUERIES = 16
-_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def available_backends(device: torch.device, dtype: torch.dtype) -> tuple[Backend, ...]:
@@ -32,7 +32,7 @@ def available_backends(device: torch.device, dtype: torch.dtype) -> tuple[Backen
         found.append(Backend.ATEN)
     if device.type == "cuda" and dtype in attention_cuda.DTYPES:
         found.append(Backend.ATEN)
-    if triton_runs(device) and dtype in _TRITON_DTYPES:
+    if triton_runs(device) and dtype in TRITON_DTYPES:
         found.append(Backend.TRITON)
     return (*found, Backend.REFERENCE)
 
@@ -125,8 +125,10 @@ class AttentionPlan:
         """For one use. ``Planner`` makes plans that follow each other."""
         return Planner(device, dtype, backend).plan(segments)
 
-    def run(self, q_THD: torch.Tensor, k_SHD: torch.Tensor, v_SHD: torch.Tensor, scale: float) -> torch.Tensor:
-        """``(T, Hq, D)`` in the queries' dtype."""
+    def run(
+        self, q_THD: torch.Tensor, k_SHD: torch.Tensor, v_SHD: torch.Tensor, scale: float, layer: int = 0
+    ) -> torch.Tensor:
+        """``(T, Hq, D)`` in the queries' dtype; the same for every ``layer``."""
         if not self.evaluations:
             return q_THD
         return self.run_state(q_THD, k_SHD, v_SHD, scale)[0].to(q_THD.dtype)

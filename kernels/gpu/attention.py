@@ -45,49 +45,64 @@ def _load(pointers, is_row, is_column, ROWS_MASKED: tl.constexpr, COLUMNS_MASKED
 
 
 @triton.jit
-def _take_keys(
-    first, last,  # of the item's keys
+def take_block(
     q_main, q_rest, best, total, out_main, out_rest,
-    k_base, v_base, k_stride, v_stride, num_keys, visible, scale,
-    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
+    k_rows, v_rows, is_key, sees, scale,
+    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Takes keys into the sums of all rows of a tile, block by block. Without ``MASKED`` every row sees all of them."""
-    in_block = tl.arange(0, BLOCK_N)
+    """Takes a block of keys into the sums of all rows of a tile. ``k_rows (1, N)`` and ``v_rows (N, 1)`` point to their
+    rows. With ``MASKED`` only those of ``is_key (N,)`` are read, and a row takes those of ``sees (M or 1, N)``."""
     main = tl.arange(0, MAIN)
     is_main = main < HEAD_DIM
     if REST > 0:
         rest = MAIN + tl.arange(0, REST)
         is_rest = rest < HEAD_DIM
+    k_main = _load(k_rows + main[:, None], is_key[None, :], is_main[:, None], MASKED, MAIN > HEAD_DIM)
+    # In float32 by float32's own products, not by TF32's.
+    scores = tl.dot(q_main, k_main, input_precision="ieee")
+    if REST > 0:
+        k_rest = _load(k_rows + rest[:, None], is_key[None, :], is_rest[:, None], MASKED, MAIN + REST > HEAD_DIM)
+        scores = tl.dot(q_rest, k_rest, scores, input_precision="ieee")
+    if MASKED:
+        scores = tl.where(sees, scores, float("-inf"))
+    new_best = tl.maximum(best, tl.max(scores, 1) * scale)
+    # A row that has seen no key yet: any finite shift makes its probabilities 0.
+    shift = tl.where(new_best == float("-inf"), 0.0, new_best)
+    probs = tl.exp2(scores * scale - shift[:, None])
+    rescale = tl.exp2(best - shift)
+    best, total = new_best, total * rescale + tl.sum(probs, 1)
+    v_main = _load(v_rows + main[None, :], is_key[:, None], is_main[None, :], MASKED, MAIN > HEAD_DIM)
+    probs = probs.to(v_main.dtype)
+    out_main = tl.dot(probs, v_main, out_main * rescale[:, None], input_precision="ieee")
+    if REST > 0:
+        v_rest = _load(v_rows + rest[None, :], is_key[:, None], is_rest[None, :], MASKED, MAIN + REST > HEAD_DIM)
+        out_rest = tl.dot(probs, v_rest, out_rest * rescale[:, None], input_precision="ieee")
+    return best, total, out_main, out_rest
+
+
+@triton.jit
+def _take_keys(
+    first, last,  # of the keys
+    q_main, q_rest, best, total, out_main, out_rest,
+    k_base, v_base, k_stride, v_stride, num_keys, visible, scale,
+    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Takes neighbouring keys into the sums of all rows of a tile, block by block. Without ``MASKED`` every row sees
+    all of them."""
+    in_block = tl.arange(0, BLOCK_N)
     for start in range(first, last, BLOCK_N):
         is_key = in_block < num_keys - start
+        sees = is_key[None, :]
+        if CAUSAL:
+            sees = sees & (in_block[None, :] < (visible - start)[:, None])
         # Places in the arena are of 64 bits; places within a block of 32, which take half the registers.
         k_rows = k_base + tl.cast(start, tl.int64) * k_stride + in_block[None, :] * k_stride
-        k_main = _load(k_rows + main[:, None], is_key[None, :], is_main[:, None], MASKED, MAIN > HEAD_DIM)
-        # In float32 by float32's own products, not by TF32's.
-        scores = tl.dot(q_main, k_main, input_precision="ieee")
-        if REST > 0:
-            k_rest = _load(k_rows + rest[:, None], is_key[None, :], is_rest[:, None], MASKED, MAIN + REST > HEAD_DIM)
-            scores = tl.dot(q_rest, k_rest, scores, input_precision="ieee")
-        if MASKED:
-            if CAUSAL:
-                sees = is_key[None, :] & (in_block[None, :] < (visible - start)[:, None])
-            else:
-                sees = is_key[None, :]
-            scores = tl.where(sees, scores, float("-inf"))
-        new_best = tl.maximum(best, tl.max(scores, 1) * scale)
-        # A row that has seen no key yet: any finite shift makes its probabilities 0.
-        shift = tl.where(new_best == float("-inf"), 0.0, new_best)
-        probs = tl.exp2(scores * scale - shift[:, None])
-        rescale = tl.exp2(best - shift)
-        best, total = new_best, total * rescale + tl.sum(probs, 1)
         v_rows = v_base + tl.cast(start, tl.int64) * v_stride + in_block[:, None] * v_stride
-        v_main = _load(v_rows + main[None, :], is_key[:, None], is_main[None, :], MASKED, MAIN > HEAD_DIM)
-        probs = probs.to(v_main.dtype)
-        out_main = tl.dot(probs, v_main, out_main * rescale[:, None], input_precision="ieee")
-        if REST > 0:
-            v_rest = _load(v_rows + rest[None, :], is_key[:, None], is_rest[None, :], MASKED, MAIN + REST > HEAD_DIM)
-            out_rest = tl.dot(probs, v_rest, out_rest * rescale[:, None], input_precision="ieee")
+        best, total, out_main, out_rest = take_block(
+            q_main, q_rest, best, total, out_main, out_rest, k_rows, v_rows, is_key, sees, scale,
+            HEAD_DIM, MAIN, REST, MASKED,
+        )  # fmt: skip
     return best, total, out_main, out_rest
 
 
@@ -248,7 +263,7 @@ class LaidOut:
         return own if state is None else merge_states(*state, *own)
 
     def _run(self, q_THD, k_SHD, v_SHD, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        _check(q_THD, k_SHD, scale)
+        check(q_THD, k_SHD, scale)
         layout, (T, Hq, D), Hkv = self.layout, q_THD.shape, k_SHD.shape[1]
         assert layout.num_queries == T, f"{T} queries for items of {layout.num_queries}: the rest stay unset"
         out, lse = q_THD.new_empty(T, Hq, D), q_THD.new_empty(T, Hq, dtype=torch.float32)
@@ -284,7 +299,7 @@ class LaidOut:
         return merge_stacked(planes_out, planes_lse, q_THD.dtype) if layout.merges_last else (out, lse)
 
 
-def _check(q_THD: torch.Tensor, k_SHD: torch.Tensor, scale: float) -> None:
+def check(q_THD: torch.Tensor, k_SHD: torch.Tensor, scale: float) -> None:
     if q_THD.dtype not in _DTYPES or q_THD.dtype != k_SHD.dtype:
         raise ValueError(
             f"attention by Triton: queries are {q_THD.dtype}, keys {k_SHD.dtype}; accepted: both the same of "

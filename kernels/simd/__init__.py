@@ -14,10 +14,10 @@ from kernels.simd.language import Kernel, Pointer, Value, Variable
 from kernels.simd.target import Target, host
 
 if language.ir is not None:
-    from kernels.simd.language import BF16, F16, F32, F64, FLOATS, I16, I32, I64
+    from kernels.simd.language import BF16, F16, F32, F64, FLOATS, I8, I16, I32, I64
 
 __all__ = [
-    "BF16", "F16", "F32", "F64", "FLOATS", "I16", "I32", "I64", "CompiledKernel", "Kernel", "Pointer", "Target",
+    "BF16", "F16", "F32", "F64", "FLOATS", "I8", "I16", "I32", "I64", "CompiledKernel", "Kernel", "Pointer", "Target",
     "Value", "Variable", "host", "split_rows",
 ]  # fmt: skip
 

@@ -8,7 +8,8 @@ import torch
 
 from kernels.simd.target import Target, fork_join, llvm
 
-# Before the caller's arguments go the counter that hands out tasks, their number, and how many it hands out at once.
+# Before the caller's arguments go the counters that hand out tasks and numbers of threads, how many tasks there are,
+# and how many are handed out at once.
 NUM_HIDDEN = 3
 # Enough that threads end together, and few enough that they do not wait for each other at the counter.
 _CLAIMS_PER_THREAD = 16
@@ -38,10 +39,10 @@ class CompiledKernel:
         num_threads = min(torch.get_num_threads(), num_tasks)
         if num_threads == 0:
             return
-        counter = ctypes.c_int64(0)
+        counters = (ctypes.c_int64 * 2)()
         at_once = max(1, num_tasks // (_CLAIMS_PER_THREAD * num_threads))
         packed = (ctypes.c_int64 * (NUM_HIDDEN + len(arguments)))(
-            ctypes.addressof(counter), num_tasks, at_once, *[x if type(x) is int else _pack(x) for x in arguments]
+            ctypes.addressof(counters), num_tasks, at_once, *[x if type(x) is int else _pack(x) for x in arguments]
         )
         fork_join()(self._address, packed, num_threads, 0)
 

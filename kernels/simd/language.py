@@ -17,7 +17,7 @@ except ImportError:
     ir = None
 
 if ir is not None:
-    I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+    I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
     F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
     _POINTER = ir.PointerType()
 
@@ -33,7 +33,7 @@ if ir is not None:
     _BFloatType._create_instance()
     BF16 = _BFloatType()
     FLOATS = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
-    _NUM_BYTES = {I16: 2, I32: 4, I64: 8, F16: 2, F32: 4, F64: 8, BF16: 2}
+    _NUM_BYTES = {I8: 1, I16: 2, I32: 4, I64: 8, F16: 2, F32: 4, F64: 8, BF16: 2}
 
 Number = "Value | int | float"
 
@@ -273,6 +273,12 @@ class Kernel:
     def num_tasks(self) -> Value:
         """Of the launch."""
         return self._arguments[1]
+
+    def thread(self) -> Value:
+        """A number for the thread that runs this: below the number of threads, and no other's."""
+        counter = Pointer(self, self.builder.inttoptr(self._arguments[0].ir, _POINTER), I64) + 1
+        one = self.constant(1, I64)
+        return Value(self, self.builder.atomic_rmw("add", counter.address, one.ir, "monotonic"))
 
     def real(self, argument: int) -> Value:
         """A float argument, as float32."""

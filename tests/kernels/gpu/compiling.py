@@ -24,11 +24,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels import Segment
-from kernels.gpu import attention, logit_blocks, merge, norm, rotary, swiglu
+from kernels.gpu import attention, logit_blocks, merge, norm, rotary, sparse, swiglu
+from kernels.sparse import AShape, BlockSparse, SparseRows, VerticalSlash, lower
 
 _POINTERS = {
     torch.float64: "*fp64", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
-    torch.int32: "*i32", torch.int64: "*i64",
+    torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1",
 }  # fmt: skip
 _OPTIONS = ("num_warps", "num_stages")
 
@@ -165,6 +166,26 @@ def merge_launches() -> Iterator[Launch]:
         yield Launch.of(f"{dtype}, {P} states, heads of {D}", merge._merge, arguments, keywords)
 
 
+def sparse_launches() -> Iterator[Launch]:
+    """Heads with every kind of pattern; head dimensions with and without a rest."""
+    for dtype, Hq, Hkv, D in (
+        (torch.bfloat16, 32, 8, 128),
+        (torch.bfloat16, 12, 4, 64),
+        (torch.float16, 10, 2, 80),
+        (torch.bfloat16, 16, 4, 256),
+        (torch.float32, 12, 4, 64),
+        (torch.float32, 4, 4, 128),
+    ):
+        rows = SparseRows.contiguous([256], [0], [512])
+        q, (k, v) = torch.empty(256, Hq, D, dtype=dtype), torch.empty(2, 512, Hkv, D, dtype=dtype)
+        patterns = [(VerticalSlash(64, 128), BlockSparse(3), AShape(4, 64))[head % 3] for head in range(Hq)]
+        index = lower(patterns, q, k, rows, D**-0.5)
+        with recorded(sparse, "_attend_sparse") as seen:
+            sparse.TritonTasks(rows, torch.device("cpu")).run(q, k, v, index, D**-0.5)
+        ((arguments, keywords),) = seen
+        yield Launch.of(f"{dtype} {Hq}/{Hkv} heads of {D}", sparse._attend_sparse, arguments, keywords)
+
+
 def norm_launches() -> Iterator[Launch]:
     """Rows of their own, rows that share a program, rows that do not fit registers; after a sum, and alone."""
     bf16, fp32 = torch.bfloat16, torch.float32
@@ -238,5 +259,5 @@ def operation_launches() -> Iterator[Launch]:
 
 
 if __name__ == "__main__":
-    for launch in (*attention_launches(), *merge_launches(), *operation_launches()):
+    for launch in (*attention_launches(), *merge_launches(), *sparse_launches(), *operation_launches()):
         print(json.dumps(launch.compile(int(sys.argv[1]))))
