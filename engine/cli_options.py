@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from engine.attention import METHODS
+from engine.prefill import PREFILL_METHODS
 from kernels import OPERATIONS_BACKENDS, Backend
 
 Attention = Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")]
@@ -27,6 +28,13 @@ _OPERATIONS_BACKENDS = ", ".join(OPERATIONS_BACKENDS)
 OperationsBackend = Annotated[
     str | None,
     typer.Option(help=f"What runs the operations around it: {_OPERATIONS_BACKENDS}. Without it: the best there is."),
+]
+Prefill = Annotated[
+    str | None,
+    typer.Option(
+        help=f"How prompts are read: {', '.join(PREFILL_METHODS)}, with options as in a_shape:n_init=128:n_local=4096. "
+        "Without it: dense, all of attention."
+    ),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")]
 SeedOfDummies = Annotated[int, typer.Option(min=0, help="Of the prompt, and of dummy weights.")]

@@ -20,6 +20,7 @@ from engine.distributed import TPGroup
 from engine.errors import InputError
 from engine.generation import Generation, OnEnded, OnFailed, OnTokens, Options
 from engine.model import Transformer
+from engine.prefill import SparsePrefill, parse_prefill
 from engine.prefix_tree import PrefixTree, build_from_levels, build_from_prompts, repeat, root_only, select
 from engine.requests import Request, RequestMaker
 from engine.rope import rope_length
@@ -67,9 +68,11 @@ def check_execution(
     attention_backend: str | None,
     operations_backend: str | None,
     cuda_graphs: bool,
+    prefill: str | None,
 ) -> tuple[Backend | None, Backend | None]:
     """The backends of these names, as an ``Engine`` takes them. Raises InputError for what cannot run there."""
     device = group.device
+    parse_prefill(prefill)
     if cuda_graphs:
         check_capturable(group, attention_backend)
     try:
@@ -85,7 +88,8 @@ class Engine:
 
     The arena is sized by the work, up to the memory that is there; ``setup_caches`` sizes it ahead instead. More work
     than fits, or than ``max_batch_size`` sequences, waits for those that run to end. The tokenizer serves stop strings
-    alone. With ``cuda_graphs`` decode steps are captured and replayed, with attention by Triton.
+    alone. With ``cuda_graphs`` decode steps are captured and replayed, with attention by Triton. ``prefill`` names how
+    prompts are read, see ``engine.prefill``; without it all of attention is computed, as decode steps do in any case.
     """
 
     def __init__(
@@ -98,10 +102,12 @@ class Engine:
         attention_backend: str | None = None,
         operations_backend: str | None = None,
         cuda_graphs: bool = False,
+        prefill: str | None = None,
     ):
         self._attention_backend, self._operations_backend = check_execution(
-            model.group, model.embedding.weight.dtype, attention_backend, operations_backend, cuda_graphs
+            model.group, model.embedding.weight.dtype, attention_backend, operations_backend, cuda_graphs, prefill
         )
+        self.sparse_prefill = SparsePrefill.of(parse_prefill(prefill), model.name, model.config, model.group)
         if max_batch_size < 1:
             raise InputError(f"max_batch_size is {max_batch_size}; accepted: 1 sequence or more; raise it")
         self.model = model
@@ -127,7 +133,12 @@ class Engine:
     def _begin(self, name: str) -> AttentionMethod:
         """The method of a call, which the model is to run as this engine has it: others may use the same model."""
         self.model.attention_backend, self.model.operations_backend = self._attention_backend, self._operations_backend
+        self.model.sparse_prefill = self.sparse_prefill
         method = get_method(name)
+        if method.moves and self._graphs is not None:
+            raise InputError(f"attention {name!r} cannot be captured in CUDA graphs; leave one of the two out")
+        if method.moves and (window := self.model.config.sliding_window) is not None:
+            raise InputError(f"attention {name!r} is for models without a window; this one's is {window} tokens")
         return Auto(self.crossover) if isinstance(method, Auto) else method
 
     # ---- caches and kept levels ----

@@ -7,9 +7,10 @@ import numpy as np
 import torch
 
 from engine.attention import AttentionMethod, Placement, Runs
+from engine.attention.turned import TurnedPlan
 from engine.decode_graphs import DecodeGraphs, bucket_of
 from engine.kv_cache import KVCache
-from engine.model import Step, Transformer
+from engine.model import PassAttention, Step, Transformer
 from engine.prefix_tree import PrefixTree
 from engine.prompt_logprobs import PromptLogprobs
 from kernels import Planner, Segment
@@ -43,7 +44,9 @@ class Executor:
         self._active = np.empty(0, dtype=np.int64)
         self._paths = np.empty((0, 0), dtype=np.int64)  # (A, R) of the active ones
         self._shared_segments: list[Segment] = []
-        self._planner = Planner(self.device, self.dtype, model.attention_backend)
+        self._planner, self._turned_planner = (
+            Planner(self.device, self.dtype, model.attention_backend) for _ in range(2)
+        )
 
     def prefill(self, sequences: np.ndarray, prompt_logprobs: PromptLogprobs | None = None) -> torch.Tensor:
         """``(R, hidden)``: the hidden state that the first new token of each of ``sequences`` (R,) is chosen from.
@@ -91,7 +94,7 @@ class Executor:
             runs = runs.padded(bucket_of(len(active)))
         # Rows that stand for no sequence are at position 0.
         positions = np.maximum(runs.positions + runs.own_lens - 1, 0)
-        if not is_same:
+        if not is_same or self.method.moves:
             self._shared_segments = self.method.shared_segments(self.tree, self.placement, runs)
         segments = self._within_window(self.method.own_segments(runs) + self._shared_segments, positions)
         slots = runs.own_starts + runs.own_lens - 1
@@ -100,20 +103,38 @@ class Executor:
                 slots[len(active) :] = self.cache.scratch_slot
             return self._graphs.run(tokens, positions, slots, segments, self.cache)
         step = self._step(tokens, positions, slots, None)
-        return self.model(step, self._planner.plan(segments), self.cache)
+        return self.model(step, self._plan(segments), self.cache)
 
     def _forward(self, tokens: list[np.ndarray], runs: Runs, whole: np.ndarray | None) -> list[torch.Tensor]:
         """Each run's hidden states: of all its tokens where ``whole`` (R,) says so, else of its last one."""
-        segments = self.method.own_segments(runs) + self.method.shared_segments(self.tree, self.placement, runs)
         within = np.concatenate([np.arange(n) for n in runs.num_new])
         positions = np.repeat(runs.positions, runs.num_new) + within
         slots = np.repeat(runs.own_starts, runs.num_new) + within
         is_last = within == np.repeat(runs.num_new, runs.num_new) - 1
         wanted = is_last if whole is None else is_last | np.repeat(whole, runs.num_new)
         step = self._step(self._tensor(np.concatenate(tokens)), positions, slots, np.flatnonzero(wanted))
-        plan = self._planner.plan(self._within_window(segments, positions))
-        hidden = self.model(step, plan, self.cache)
+        hidden = self.model(step, self._prefill_plan(runs, positions), self.cache)
         return list(hidden.split(np.diff(np.flatnonzero(is_last[wanted]), prepend=-1).tolist()))
+
+    def _prefill_plan(self, runs: Runs, positions: np.ndarray) -> PassAttention:
+        if (sparse := self.model.sparse_prefill) is not None:
+            backend = self.model.attention_backend
+            plan = sparse.plan(self.tree, self.placement, runs, self.device, self.dtype, backend)
+            if plan is not None:
+                return plan
+        segments = self.method.own_segments(runs) + self.method.shared_segments(self.tree, self.placement, runs)
+        return self._plan(self._within_window(segments, positions))
+
+    def _plan(self, segments: list[Segment]) -> PassAttention:
+        turned = [segment for segment in segments if segment.q_turns is not None]
+        if not turned:
+            return self._planner.plan(segments)
+        assert all(np.array_equal(s.q_turns, turned[0].q_turns) for s in turned), "queries are turned in one way"
+        turns = self._tensor(turned[0].q_turns)
+        plain = [segment for segment in segments if segment.q_turns is None]
+        return TurnedPlan(
+            self._planner.plan(plain), self._turned_planner.plan(turned), lambda q: self.model.turn_back(q, turns)
+        )
 
     def _step(
         self, tokens: torch.Tensor, positions: np.ndarray, slots: np.ndarray, rows: np.ndarray | None

@@ -18,7 +18,8 @@ from engine.distributed import TPGroup, init_group
 from engine.engine import Engine, Levels
 from engine.errors import InputError
 from engine.generation import OnFailed, OnTokens
-from engine.loader import load_model
+from engine.loader import load_model, read_config
+from engine.prefill import check_prefill, parse_prefill
 from engine.prompt_logprobs import TokenLogprobs
 from engine.requests import Request
 from engine.sampling import SamplingParams
@@ -93,6 +94,8 @@ class LLM:
         operations_backend: what runs the operations around it, one of ``kernels.OPERATIONS_BACKENDS``; None takes the
             best there is.
         cuda_graphs: decode steps are captured and replayed on CUDA, with attention by Triton.
+        prefill: how prompts are read, one of ``engine.prefill.PREFILL_METHODS``, with options as in
+            ``a_shape:n_init=128:n_local=4096``; None is ``dense``, all of attention.
         seed: of dummy weights.
         group: the ranks; None joins those that ``torchrun`` started.
     """
@@ -112,10 +115,14 @@ class LLM:
         attention_backend: str | None = None,
         operations_backend: str | None = None,
         cuda_graphs: bool = False,
+        prefill: str | None = None,
         seed: int = 0,
         group: TPGroup | None = None,
     ):
         get_method(attention)  # a wrong name shows before the weights are loaded
+        if not parse_prefill(prefill).is_dense:
+            options = dict(tp_dir=tp_dir, load_format=load_format, dtype=dtype, revision=revision)
+            check_prefill(prefill, str(model), read_config(model, **options))
         if attention_backend is not None and attention_backend not in list(Backend):
             raise InputError(f"attention backend {attention_backend!r} is not known; accepted: {', '.join(Backend)}")
         if operations_backend is not None and operations_backend not in OPERATIONS_BACKENDS:
@@ -144,6 +151,7 @@ class LLM:
                 attention_backend=attention_backend,
                 operations_backend=operations_backend,
                 cuda_graphs=cuda_graphs,
+                prefill=prefill,
             )
             if cache_tokens is not None:
                 self.engine.setup_caches(cache_tokens)

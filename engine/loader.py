@@ -95,6 +95,7 @@ def load_model(
             return source, _allocate(config, group)
 
         source, model = _together(group, prepare)
+        model.name = name
         free = available_bytes(group)
         _together(group, lambda: _check_room(model, free, group))
         if group.rank == 0:

@@ -9,6 +9,7 @@ P rotated dimensions of it, L positions, V local vocabulary, S slots of the KV a
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -24,9 +25,10 @@ from engine.layers import (
     VocabParallelHead,
     WeightSlot,
 )
+from engine.prefill.sparse import SparsePrefill
 from engine.rope import cos_sin_table
 from engine.sharding import Rule, check_world_size, fused, local_kv_heads, split, split_kv_heads
-from kernels import AttentionPlan, Backend
+from kernels import Backend
 from kernels.rotary import apply_rotary_, rotate_into_cache_
 from kernels.swiglu import swiglu
 
@@ -43,6 +45,15 @@ class Step:
     slots_T: torch.Tensor | None  # int64, the arena slot of each token's key and value; None: they are not kept
     rows_R: torch.Tensor | None  # int64, the tokens whose hidden states are wanted; None: all
     operations_backend: Backend | None  # what runs the operations around attention; None: the best there is
+
+
+class PassAttention(Protocol):
+    """The attention of one forward pass."""
+
+    def run(
+        self, q_THD: torch.Tensor, k_SHD: torch.Tensor, v_SHD: torch.Tensor, scale: float, layer: int
+    ) -> torch.Tensor:
+        """``(T, Hq, D)``, in the queries' dtype, of the layer of this number."""
 
 
 class Attention(nn.Module):
@@ -118,7 +129,7 @@ class Layer(nn.Module):
         )
         self.mlp = MLP(config, f"{prefix}.mlp", group)
 
-    def forward(self, x_TI, step: Step, cos_T1P, sin_T1P, plan: AttentionPlan, cache: KVCache | None, chunk: int):
+    def forward(self, x_TI, step: Step, cos_T1P, sin_T1P, plan: PassAttention, cache: KVCache | None, chunk: int):
         """Adds the layer's output to the residual stream ``x (T, hidden)``, in place, and returns it."""
         T = x_TI.shape[0]
         attention, backend = self.attention, step.operations_backend
@@ -137,7 +148,7 @@ class Layer(nn.Module):
                 q_THD = q_CHD
             else:
                 q_THD[part] = q_CHD
-        out_TI = plan.run(q_THD, k_SHD, v_SHD, attention.scale).reshape(T, -1)
+        out_TI = plan.run(q_THD, k_SHD, v_SHD, attention.scale, self.index).reshape(T, -1)
         for part in chunks:
             x_CI = x_TI[part]
             normalised_CI = self.post_attention_norm.of_sum_(x_CI, attention.o_proj(out_TI[part]), backend)
@@ -156,9 +167,11 @@ class Transformer(nn.Module):
         super().__init__()
         check_world_size(config.num_heads, config.num_kv_heads, config.intermediate_size, group.size)
         self.config = config
+        self.name = ""  # what it was loaded as, by which methods know models
         self.group = group
         self.prefill_chunk = prefill_chunk
         self.attention_backend: Backend | None = None  # what evaluates attention; None: the best for each segment
+        self.sparse_prefill: SparsePrefill | None = None  # how prompts are read; None: with all of attention
         self.operations_backend: Backend | None = None  # what runs the operations around it; None: the best there is
         vocab_shape = (config.vocab_size, config.hidden_size)
         self.embedding = VocabParallelEmbedding("model.embed_tokens.weight", vocab_shape, group)
@@ -193,8 +206,17 @@ class Transformer(nn.Module):
         table = [torch.stack(pair, pairs_dim).flatten(-2) for pair in ((cos, cos), (-sin, sin))]
         self._cos_sin_L2P, self._rope_length = torch.stack(table, dim=1), rope_length
 
+    def turn_back(self, q_THD: torch.Tensor, turns_T: torch.Tensor) -> torch.Tensor:
+        """The queries as they would be so many positions earlier; ``q`` have been rotated to their own."""
+        cos_T1P, sin_T1P = self._cos_sin_L2P[turns_T].unsqueeze(2).unbind(1)
+        factor = self._cos_sin_L2P[0, 0, 0]  # which RoPE scales its rotations by, and which queries have already
+        turned = q_THD.clone(memory_format=torch.contiguous_format)
+        interleaved = self.config.rope_interleaved
+        apply_rotary_(turned, cos_T1P / factor, -sin_T1P / factor, interleaved, self.operations_backend)
+        return turned
+
     @torch.inference_mode()
-    def forward(self, step: Step, plan: AttentionPlan, cache: KVCache | None) -> torch.Tensor:
+    def forward(self, step: Step, plan: PassAttention, cache: KVCache | None) -> torch.Tensor:
         """``(R, hidden)``: normalised hidden states of the rows that ``step`` wants, the same on every rank.
 
         Keys and values are written to the cache; without one (attention disabled) they are dropped.

@@ -25,6 +25,9 @@ class Segment:
     k_rooms: np.ndarray | None = None
     # (R,) int64: the position of each row's first key in its sequence, for which sliding windows ask.
     k_positions: np.ndarray | None = None
+    # (T,) int64: how many positions each query is to be turned back for this segment; None: none. It is for the caller
+    # to turn them: kernels take queries as they are.
+    q_turns: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         rows = len(self.k_starts)

@@ -45,6 +45,7 @@ def synth(
     attention_backend: options.AttentionBackend = None,
     operations_backend: options.OperationsBackend = None,
     cuda_graphs: options.CudaGraphs = False,
+    prefill: options.Prefill = None,
     load_format: options.LoadFormat = "auto",
     dtype: options.Dtype = "auto",
     device: options.Device = None,
@@ -82,7 +83,7 @@ def synth(
         for text, name in ((batch_size, "BS"), (num_shared, "NUM_SHARED"), (num_unique, "NUM_UNIQUE"))
     ]
     model = ModelOptions(model_name, tp_dir, load_format, dtype, revision, seed)
-    execution = Execution(attention_backend, operations_backend, cuda_graphs)
+    execution = Execution(attention_backend, operations_backend, cuda_graphs, prefill)
     sweep = Sweep(outdir, mode, make_grid(mode, *ranges), model, num_iters, num_warmup, calc_prefill, tp, execution)
     group = init_group(device, timeout_s=timeout)
     try:

@@ -30,10 +30,15 @@ class Runs:
     paths: np.ndarray  # (A, R) int64, node at each depth above the run, -1 past the last one
 
     @property
+    def q_positions(self) -> np.ndarray:
+        """(T,) int64: each new token's position in its sequence."""
+        within = np.arange(int(self.num_new.sum())) - np.repeat(self.q_offsets[:-1], self.num_new)
+        return np.repeat(self.positions + self.own_lens - self.num_new, self.num_new) + within
+
+    @property
     def q_offsets(self) -> np.ndarray:
         """(R + 1,) int64: where each run's queries begin."""
         return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self.num_new)])
-
 
     def padded(self, num_runs: int) -> "Runs":
         """With runs of one new token at the end, up to ``num_runs``, that belong to nobody and see no key."""
@@ -57,10 +62,12 @@ class AttentionMethod(ABC):
 
     name: str
     keeps: Keeps
+    moves = False  # whether segments over shared nodes change from one decode step to the next
 
     @abstractmethod
     def shared_segments(self, tree: PrefixTree, placement: Placement, runs: Runs) -> list[Segment]:
-        """Segments that depend on the runs' paths only, and so hold from one decode step to the next."""
+        """Segments that depend on the runs' paths only, and so hold from one decode step to the next, unless it
+        ``moves``."""
 
     @abstractmethod
     def own_segments(self, runs: Runs) -> list[Segment]:

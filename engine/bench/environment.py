@@ -10,6 +10,7 @@ import torch
 
 from engine.cpu import read_cpu
 from engine.installed import installed_versions
+from engine.prefill import DENSE
 from kernels import Backend, available_backends, available_operations_backends
 
 
@@ -20,15 +21,17 @@ class Execution:
     attention_backend: str | None = None
     operations_backend: str | None = None
     cuda_graphs: bool = False
+    prefill: str | None = None
 
 
 def describe_execution(execution: Execution, device: torch.device, dtype: torch.dtype) -> dict[str, object]:
-    """Its part of the environment: the backends that were asked for, or else the defaults."""
+    """Its part of the environment: what was asked for, or else the defaults."""
     attention = Backend.TRITON if execution.cuda_graphs else available_backends(device, dtype)[0]
     return {
         "attention_backend": execution.attention_backend or str(attention),
         "operations_backend": execution.operations_backend or str(available_operations_backends(device, dtype)[0]),
         "cuda_graphs": execution.cuda_graphs,
+        "prefill": execution.prefill or DENSE,
     }
 
 

@@ -29,6 +29,7 @@ from engine.distributed import TPGroup
 from engine.errors import InputError
 from engine.files import check_outdir
 from engine.memory import available_bytes, describe_out_of_memory, is_out_of_memory
+from engine.prefill import DENSE, check_prefill
 from engine.progress import progress_bar
 from engine.shards import dtype_name
 
@@ -64,6 +65,7 @@ def run_sweep(sweep: Sweep, group: TPGroup, console: Console) -> None:
     """
     say = partial(console.print, soft_wrap=True)
     config = sweep.model.config()
+    check_prefill(sweep.execution.prefill, sweep.model.name, config)
     _check_lengths(sweep, config)
     todo = group.on_rank_0(lambda: _unfinished(sweep, config, _num_ranks(sweep, group), group.device.type))
     skipped = len(sweep.cells) - len(todo)
@@ -94,6 +96,7 @@ def print_plan(sweep: Sweep, num_ranks: int, console: Console) -> None:
     elsewhere.
     """
     config = sweep.model.config()
+    check_prefill(sweep.execution.prefill, sweep.model.name, config)
     _check_lengths(sweep, config)
     todo = set(_unfinished(sweep, config, num_ranks))
     title = f"{sweep.mode}: {sweep.model.name}, {dtype_name(config.dtype)}, {num_ranks} rank(s); GiB per rank"
@@ -162,7 +165,7 @@ def _check_execution(
     if mode not in METHODS or device is None:
         return
     for name, value in describe_execution(sweep.execution, torch.device(device), dtype).items():
-        found = result.environment.get(name)
+        found = result.environment.get(name, DENSE if name == "prefill" else None)  # older results are dense
         if found is not None and found != value:
             raise InputError(
                 f"{sweep.outdir} holds results of {mode} with {name} {found}; this sweep has {value}; use another "

@@ -173,7 +173,7 @@ def test_noattention_plans_and_keeps_nothing():
 
 def test_the_registry_names_what_it_holds():
     assert {name: method.name for name, method in METHODS.items()} == {name: name for name in METHODS}
-    with pytest.raises(InputError, match="'x' is not known; accepted: hydragen, hydragen_noshared, noattention, auto$"):
+    with pytest.raises(InputError, match="'x' is not known; accepted: hydragen, hydragen_noshared, noattention, auto, streaming$"):
         get_method("x")
 
 
