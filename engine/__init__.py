@@ -18,6 +18,8 @@ _PUBLIC = {
     "PromptLevels": "engine.llm",
     "RequestOutput": "engine.llm",
     "SamplingParams": "engine.sampling",
+    "get_support_models": "engine.prefill",
+    "register_sparse_attention": "engine.hf_attention",
 }
 __all__ = list(_PUBLIC)
 

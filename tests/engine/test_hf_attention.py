@@ -1,0 +1,133 @@
+"""transformers with sparse prefill, against this engine, and against transformers' own attention."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from models import assert_close, hf_model, our_engine
+
+from engine import register_sparse_attention
+from engine.errors import InputError
+from engine.sampling import SamplingParams
+
+SPARSE = "a_shape:n_init=3:n_local=10:dense_below=32"
+
+
+def prompts(*lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 67, n).tolist() for n in lengths]
+
+
+def registered(prefill, family="llama", **changes):
+    model = hf_model(family, **changes)
+    model.set_attn_implementation(register_sparse_attention(prefill))
+    return model
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    path = tmp_path / "heads.json"
+    layer = {
+        "0": ["vertical_and_slash", 30, 100, 1],
+        "1": ["stream_llm", 3, 10, 1],
+        "2": ["block_sparse", 2, 0, 1],
+        "3": ["dense", 0, 0, 1],
+    }
+    path.write_text(json.dumps([layer, {str(3 - head): layer[str(head)] for head in range(4)}]))
+    return f"minference:config={path}:dense_below=32"
+
+
+def ours(prefill, prompt, num_tokens=5):
+    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+    ((found,),) = our_engine(hf_model(), prefill=prefill).generate([prompt], params, return_logits=True)
+    return found
+
+
+@pytest.mark.parametrize("prefill", [SPARSE, "mixed", "block_sparse:num_blocks=2:dense_below=0", "vertical_slash"])
+def test_generates_what_this_engine_does(prefill, mixed):
+    prefill = mixed if prefill == "mixed" else prefill
+    model, (prompt,) = registered(prefill), prompts(200)
+    expected = ours(prefill, prompt)
+    found = model.generate(
+        torch.tensor([prompt]), max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    assert tuple(found.sequences[0, 200:].tolist()) == tuple(expected.token_ids)
+    assert_close(torch.stack(list(expected.logits)), torch.cat(found.logits))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batches(side):
+    """Each member as it is alone."""
+    model, given = registered(SPARSE), prompts(150, 90, 20)
+    ids, mask = torch.zeros(3, 150, dtype=torch.int64), torch.zeros(3, 150, dtype=torch.int64)
+    for row, prompt in enumerate(given):
+        place = slice(150 - len(prompt), 150) if side == "left" else slice(0, len(prompt))
+        ids[row, place], mask[row, place] = torch.tensor(prompt), 1
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask, position_ids=positions).logits
+        for row, prompt in enumerate(given):
+            assert_close(logits[row][mask[row] == 1], model(torch.tensor([prompt])).logits[0])
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_chunks_and_caches(cache):
+    """A prompt in two parts, of which the second has fewer queries than keys, then a token."""
+    from transformers import DynamicCache, StaticCache
+
+    model, (prompt,) = registered(SPARSE), prompts(141)
+    ids = torch.tensor([prompt])
+    past = DynamicCache() if cache == "dynamic" else StaticCache(model.config, max_cache_len=200)
+    with torch.no_grad():
+        expected = model(ids).logits[0]
+        parts = []
+        for first, last in ((0, 70), (70, 140), (140, 141)):
+            place = torch.arange(first, last)
+            out = model(ids[:, first:last], past_key_values=past, position_ids=place[None], use_cache=True)
+            parts.append(out.logits[0])
+    assert_close(torch.cat(parts[:2]), expected[:140])
+    assert parts[2].isfinite().all()
+
+
+def test_short_prompts_are_dense_and_models_stay_as_they_are():
+    model, (prompt,) = registered(SPARSE), prompts(31)
+    with torch.no_grad():
+        found = model(torch.tensor([prompt])).logits
+        model.set_attn_implementation("eager")
+        assert_close(found, model(torch.tensor([prompt])).logits)
+
+
+def test_dense_is_transformers_own():
+    model, (prompt,) = registered("dense"), prompts(100)
+    with torch.no_grad():
+        assert_close(model(torch.tensor([prompt])).logits, hf_model()(torch.tensor([prompt])).logits)
+
+
+class TestRefused:
+    def test_gradients(self):
+        model = registered(SPARSE)
+        with pytest.raises(ValueError, match="tributary_a_shape has no gradients; accepted: inference"):
+            model(torch.tensor(prompts(5)))
+
+    def test_dropout(self):
+        model = registered(SPARSE, attention_dropout=0.5).train()
+        with torch.no_grad(), pytest.raises(ValueError, match="no dropout, and 0.5 was asked for"):
+            model(torch.tensor(prompts(5)))
+
+    def test_windows(self):
+        model = registered(SPARSE, "mistral, window")
+        with torch.no_grad(), pytest.raises(ValueError, match="no sliding_window, which MistralAttention asks for"):
+            model(torch.tensor(prompts(50)))
+
+    def test_masks_with_holes_and_of_other_shapes(self):
+        model, mask = registered(SPARSE), torch.ones(1, 50, dtype=torch.int64)
+        mask[0, 20] = 0
+        with torch.no_grad(), pytest.raises(ValueError, match="the attention mask has holes"):
+            model(torch.tensor(prompts(50)), attention_mask=mask)
+        with torch.no_grad(), pytest.raises(ValueError, match=r"shape \(1, 1, 50, 50\); accepted: \(batch, keys\)"):
+            model(torch.tensor(prompts(50)), attention_mask=torch.ones(1, 1, 50, 50, dtype=torch.bool))
+
+    def test_unknown_methods(self):
+        with pytest.raises(InputError, match="prefill 'flash' is not known"):
+            register_sparse_attention("flash")
