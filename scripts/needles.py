@@ -75,6 +75,7 @@ def needles(
     ] = 0.0,
     names: Annotated[str, typer.Option(help="Of the dogs: seen, or unseen by the shipped model in training.")] = "seen",
     graph: Annotated[bool, typer.Option(help="Capture decode steps on CUDA and replay them.")] = False,
+    prefill: options.Prefill = None,
     attention_backend: options.AttentionBackend = None,
     operations_backend: options.OperationsBackend = None,
     dtype: options.Dtype = "auto",
@@ -125,7 +126,7 @@ def needles(
         haystack_start=haystack_start,
         names=names,
         seed=seed,
-        execution=Execution(attention_backend, operations_backend, graph),
+        execution=Execution(attention_backend, operations_backend, graph, prefill),
     )
     group = init_group(device, timeout_s=timeout)
     try:

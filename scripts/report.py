@@ -1,4 +1,4 @@
-"""Prints and plots what scripts/synth.py, scripts/microbenchmark.py and scripts/needles.py measured."""
+"""Prints and plots what synth.py, microbenchmark.py, needles.py and prefill.py of this folder measured."""
 
 from functools import cache
 from pathlib import Path
@@ -18,14 +18,16 @@ app = make_app()
 def report(
     outdirs: Annotated[
         list[Path],
-        typer.Argument(metavar="OUTDIR", help="Result folders of synth.py, microbenchmark.py or needles.py."),
+        typer.Argument(
+            metavar="OUTDIR", help="Result folders of synth.py, microbenchmark.py, needles.py or prefill.py."
+        ),
     ],
     csv: Annotated[
         Path | None,
         typer.Option(
             metavar="PATH",
-            help="Where the CSV goes, if not to report.csv (microbenchmark.csv, needles.csv, passkey.csv) in the first "
-            "OUTDIR.",
+            help="Where the CSV goes, if not to report.csv (microbenchmark.csv, needles.csv, passkey.csv, prefill.csv) "
+            "in the first OUTDIR.",
         ),
     ] = None,
     png: Annotated[
@@ -35,7 +37,7 @@ def report(
     no_csv: Annotated[bool, typer.Option("--no-csv", help="Write no CSV.")] = False,
     no_png: Annotated[bool, typer.Option("--no-png", help="Draw no plot (which needs matplotlib).")] = False,
 ) -> None:
-    """Show a sweep, a microbenchmark or needles as a table, a CSV file and a plot.
+    """Show a sweep, a microbenchmark, needles or prefill methods as a table, a CSV file and a plot.
 
     Of a sweep the table has decode throughput in tokens per second (tokens after the first over the time for all less
     the time for one), as a ratio to noattention (the ceiling), hydragen_noshared and hf of the same sweep at the same
@@ -48,6 +50,9 @@ def report(
 
     Of needles it has accuracy with its 95% interval, times, and how many answers are those of hydragen_noshared; of a
     passkey grid exact and partial matches. The plots have time per question, and heat maps of depth against length.
+
+    Of prefill methods it has the time to the first token at each context length, how many times as fast as dense it is,
+    and the part of attention's work that was done. The plot has time against context length, one line a method.
 
     \b
     Examples:

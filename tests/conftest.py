@@ -11,7 +11,6 @@ from checkpoints import save_tiny  # noqa: E402
 
 from engine import LLM  # noqa: E402
 
-
 # What attention "auto" measures goes to a folder of this run, for the programs that tests start too.
 _cache = tempfile.TemporaryDirectory()
 os.environ["TRIBUTARY_CACHE"] = _cache.name

@@ -11,6 +11,13 @@ from engine.bench.needles.needle_report import build_needle_rows, plot_needles, 
 from engine.bench.needles.needle_results import NEEDLE_FILES
 from engine.bench.needles.passkey_report import plot_passkeys, print_passkey_tables, write_passkey_csv
 from engine.bench.needles.passkey_results import PASSKEY_FILES
+from engine.bench.prefill.prefill_report import (
+    build_prefill_rows,
+    plot_prefill,
+    print_prefill_tables,
+    write_prefill_csv,
+)
+from engine.bench.prefill.prefill_results import PREFILL_FILES
 from engine.bench.report import build_rows, plot, print_table, write_csv
 from engine.bench.result_files import Warn, print_warning
 from engine.bench.results import read_results
@@ -56,6 +63,14 @@ _KINDS = (
         print_passkey_tables,
         write_passkey_csv,
         plot_passkeys,
+    ),
+    _Kind(
+        "prefill.py",
+        "prefill",
+        lambda *a: build_prefill_rows(PREFILL_FILES.read_all(*a)),
+        print_prefill_tables,
+        write_prefill_csv,
+        plot_prefill,
     ),
 )
 

@@ -39,6 +39,7 @@ class Kind(StrEnum):
     MICROBENCHMARK = "microbenchmark"
     NEEDLES = "needles"
     PASSKEY = "passkey"
+    PREFILL = "prefill"
 
 
 class Key(Protocol):

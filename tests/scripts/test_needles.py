@@ -36,7 +36,6 @@ def out(tmp_path):
 def refused(out, monkeypatch):
     """Asserts that the command is refused before any model is loaded, and writes nothing."""
 
-
     def check(arguments, *parts):
         before = sorted(out.rglob("*"))
         monkeypatch.setattr(ModelOptions, "load", None)
@@ -153,6 +152,24 @@ class TestOptions:
         assert result.haystack == passkeys.haystack == "book.txt after 50% of its sentences"
         prompt = json.loads((out / "hydragen" / "passkey_w100.answers.jsonl").read_text())["prompt"]
         assert "second part" in prompt and "first part" not in prompt
+
+    def test_sparse_prefill(self, out):
+        prefill = "a_shape:n_init=4:n_local=64:dense_below=0"
+        done = needles("--save-dir", out, *SMALL, "--prefill", prefill, "--passkey-grid", "100words_1x1x1_7digits")
+        assert done.status == 0, done.stderr
+        (result,), (passkeys,) = NEEDLE_FILES.read_all([out]), PASSKEY_FILES.read_all([out])
+        assert result.prefill == passkeys.environment["prefill"] == prefill
+        assert len(result.density) == 2 and all(0.1 < share < 0.9 for share in result.density)
+        assert f"hydragen: prefill {prefill}" in done.stdout and f", prefill {prefill}" in done.stdout
+
+    def test_streaming(self, out):
+        done = needles(
+            "--save-dir", out, *SMALL, "--attention", "streaming:n_init=4:n_local=50", "--passkey-grid", "none"
+        )
+        assert done.status == 0, done.stderr
+        (result,) = NEEDLE_FILES.read_all([out])
+        assert result.questions.name == result.attention == "streaming:n_init=4:n_local=50"
+        assert result.accuracy.share < 0.5 and result.mean_density is None
 
     def test_backends_are_recorded(self, out):
         backends = ("--attention-backend", "reference", "--operations-backend", "aten")
@@ -309,6 +326,7 @@ class TestGoingOn:
             (["--num-warmup-iters", 1], "was measured with warm-up rounds 0; this run has 1"),
             (["--no-measure-unique-prefill"], "was measured with first tokens timed True; this run has False"),
             (["--names", "unseen"], "was measured with names seen; this run has unseen"),
+            (["--prefill", "a_shape"], "was measured with prefill dense; this run has a_shape"),
             (["--attention-backend", "reference"], "was measured with attention backend simd; this run has reference"),
             (
                 ["--disable-attention", "--save-name", "hydragen"],
@@ -327,8 +345,8 @@ class TestMistakes:
         [
             (["--disable-hydragen", "--disable-attention"], ["--disable-hydragen and --disable-attention were given"]),
             (["--attention", "auto", "--disable-attention"], ["--disable-attention and --attention auto were given"]),
-            (["--attention", "flash"], ["attention 'flash' is not known; accepted: ", "hydragen_noshared"]),
-            (["--attention", ""], ["attention '' is not known"]),
+            (["--attention", "flash"], ["attention method 'flash' is not known; accepted: ", "hydragen_noshared"]),
+            (["--attention", ""], ["attention method '' is not known"]),
             (["--attention", "hydragen,hydragen"], ["names a method twice"]),
             (["--names", "all"], ["names 'all' are not known; accepted: seen, unseen"]),
             (["--save-name", "a/b"], ["save name 'a/b' cannot be a folder in the save directory"]),
@@ -351,6 +369,8 @@ class TestMistakes:
             (["--pretrained-name", "no/such/model"], ["no/such/model"]),
             (["--attention-backend", "fast"], ["fast"]),
             (["--dtype", "int8"], ["int8"]),
+            (["--prefill", "flash"], ["prefill 'flash' is not known; accepted: dense, a_shape"]),
+            (["--prefill", "minference:config=none.json"], ["prefill config 'none.json' is no file"]),
             (["--graph", "--device", "cpu"], ["CUDA"]),
         ],
     )

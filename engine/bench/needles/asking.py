@@ -37,6 +37,16 @@ class Asker:
         self._engine.empty_shared()
         self._engine.append_shared([document], attention=self.method, planned_length=planned_length)
 
+    def density(self, document: Sequence[int], planned_length: int) -> tuple[float, ...]:
+        """Reads the document, and returns what fraction of attention was computed in each layer; nothing where all of
+        it is."""
+        sparse = self._engine.sparse_prefill
+        if sparse is None:
+            return ()
+        with sparse.measured() as density:
+            self.read(document, planned_length)
+        return density.mean_by_layer(self._engine.model.group)
+
     def ask(self, questions: Sequence[Sequence[int]], num_tokens: int) -> tuple[list[tuple[int, ...]], int]:
         """``num_tokens`` tokens after each question about the document, and how many were asked at once."""
         at_once: list[int] = []

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from engine.checkpoint import TOKENIZER_FILES, Checkpoint, load_config
+from engine.config import ModelConfig
 from engine.shards import MANIFEST_FILE, open_shards
 
 _LENGTH = 12  # of a digest, in hexadecimal digits
@@ -26,11 +27,20 @@ def model_digest(folder: Path) -> str:
         with Checkpoint(folder) as checkpoint:
             config, fingerprint = load_config(folder), checkpoint.fingerprint()
     digest = hashlib.sha256(fingerprint.encode())
-    digest.update(json.dumps(replace(config, dtype=torch.float32).to_hf(), sort_keys=True).encode())
+    digest.update(_config_bytes(config))
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
             digest.update((folder / name).read_bytes())
     return digest.hexdigest()[:_LENGTH]
+
+
+def config_digest(config: ModelConfig) -> str:
+    """Of a model with random weights, which its config, its name and a seed draw: the same in whatever dtype."""
+    return hashlib.sha256(_config_bytes(config)).hexdigest()[:_LENGTH]
+
+
+def _config_bytes(config: ModelConfig) -> bytes:
+    return json.dumps(replace(config, dtype=torch.float32).to_hf(), sort_keys=True).encode()
 
 
 def text_digest(pieces: Iterable[str]) -> str:

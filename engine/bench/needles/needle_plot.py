@@ -13,18 +13,21 @@ from engine.bench.needles.heat_map import draw_shares
 from engine.bench.needles.needle_report import most_questions, needle_title, setting_of
 from engine.bench.needles.needle_results import NeedlesResult
 from engine.bench.png import new_figure, to_png
+from engine.prefill import DENSE
 
 # A fixed colour a method, so that two reports can be laid side by side; the colour-blind can tell them apart.
 _COLORS = {"hydragen": "#0072B2", "auto": "#117733", "hydragen_noshared": "#D55E00", "noattention": "#444444"}
 _OTHER_COLOR = "#8A6D00"
 _DASHES = ("-", "--", ":", "-.")
+_MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 
 
 def draw_needles(results: Sequence[NeedlesResult]) -> bytes:
     """The plot as a PNG, one row of two panels a setting. ``results`` have times and are ordered by setting."""
     settings = [list(group) for _, group in groupby(results, key=setting_of)]
     heights = [max(4.6, 1.6 + 0.62 * len(most_questions(group))) for group in settings]
-    figure = new_figure(12.5, sum(heights))
+    width = 12.5 if all(result.prefill == DENSE for result in results) else 18.5
+    figure = new_figure(width, sum(heights))
     parts = figure.subfigures(len(settings), squeeze=False, height_ratios=heights)[:, 0]
     for part, group in zip(parts, settings, strict=True):
         _draw_setting(part, group)
@@ -33,9 +36,13 @@ def draw_needles(results: Sequence[NeedlesResult]) -> bytes:
 
 def _draw_setting(part: SubFigure, results: Sequence[NeedlesResult]) -> None:
     part.suptitle(needle_title(results[0]), fontsize=10, wrap=True)
-    left, right = part.subplots(1, 2)
-    _draw_times(left, results)
-    _draw_depths(right, most_questions(results))
+    runs = most_questions(results)
+    are_dense = all(run.prefill == DENSE for run in runs)
+    panels = part.subplots(1, 2 if are_dense else 3)
+    _draw_times(panels[0], results)
+    _draw_depths(panels[1], runs)
+    if not are_dense:
+        _draw_densities(panels[2], runs)
 
 
 def _line(result: NeedlesResult) -> tuple[str, int]:
@@ -78,6 +85,27 @@ def _draw_times(axes: Axes, results: Sequence[NeedlesResult]) -> None:
     axes.grid(True, which="major", color="#DDDDDD", linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False)
+
+
+def _draw_densities(axes: Axes, runs: Sequence[NeedlesResult]) -> None:
+    """The share of right answers, with its interval, against how much of attention was computed for it."""
+    for number, run in enumerate(run for run in runs if run.mean_density is not None):
+        share, (low, high) = run.accuracy.share, run.accuracy.interval
+        label = f"{run.questions.name}, {run.num_document_tokens:,} tokens"
+        errors = [[max(0.0, share - low)], [max(0.0, high - share)]]
+        axes.errorbar(
+            run.mean_density, share, yerr=errors, fmt=_MARKS[number % len(_MARKS)], ms=5, capsize=2, label=label
+        )
+    axes.set_xscale("log")
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_xlabel("fraction of attention's pairs that the prefill computed")
+    axes.set_ylabel("right answers (95% interval)")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.3g}" if share < 0.01 else f"{share:.0%}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(True, which="major", color="#DDDDDD", linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=7, frameon=False, loc="lower right")
 
 
 def _draw_depths(axes: Axes, runs: Sequence[NeedlesResult]) -> None:

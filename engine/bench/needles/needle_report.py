@@ -16,6 +16,7 @@ from engine.bench.report import MISSING, format_number, require_matplotlib, writ
 from engine.bench.result_files import Status
 from engine.bench.timing import HIGH_SPREAD
 from engine.files import write_whole
+from engine.prefill import DENSE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,7 +60,8 @@ def setting_of(result: NeedlesResult) -> tuple[str, ...]:
 
 def _point(result: NeedlesResult) -> tuple[object, ...]:
     """What results that are compared have in common."""
-    return (setting_of(result), result.num_document_tokens, result.num_needles, result.questions.num_questions)
+    document = (result.num_document_tokens, result.num_needles)
+    return (setting_of(result), result.prefill, *document, result.questions.num_questions)
 
 
 def _order(result: NeedlesResult) -> tuple[object, ...]:
@@ -127,7 +129,9 @@ def needle_title(result: NeedlesResult) -> str:
 
 def _print_times(rows: Sequence[NeedlesRow], console: "Console") -> None:
     results = [row.result for row in rows]
+    are_dense = all(result.prefill == DENSE for result in results)
     columns = {
+        "density": [MISSING if are_dense else format_number(result.mean_density, ".1%") for result in results],
         "right\n(95% interval)": [_outcome(result) for result in results],
         "answers as\nnoshared": [_same_answers(row) for row in rows],
         "prefill\nms": [_median(result.prefill_ms) for result in results],
@@ -149,6 +153,9 @@ def _print_times(rows: Sequence[NeedlesRow], console: "Console") -> None:
         table.add_row(*where, result.questions.name, *(values[index] for values in shown.values()))
         previous = point
     console.print(table)
+    for name, prefill in dict.fromkeys((result.questions.name, result.prefill) for result in results):
+        if prefill != DENSE:
+            console.print(f"{name}: prefill {prefill}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_depths(rows: Sequence[NeedlesRow], console: "Console") -> None:
@@ -212,7 +219,7 @@ def _at_once(result: NeedlesResult) -> str:
 # ---- CSV
 
 _RESULT_COLUMNS = (
-    "sweep model_digest attention status haystack haystack_digest names num_document_tokens "
+    "sweep model_digest attention prefill mean_density status haystack haystack_digest names num_document_tokens "
     "num_needles num_few_shot num_new_tokens num_at_once ms_per_question seed run message"
 ).split()
 _ENVIRONMENT_COLUMNS = "device device_name dtype world_size num_threads git_revision".split()

@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.attention.noattention import NoAttention
+from engine.attention.streaming import Streaming
 from engine.bench.needles.accuracy import Accuracy
 from engine.bench.needles.document import NUM_DEPTHS
 from engine.bench.result_files import Kind, ResultFiles, Status
 from engine.bench.timing import HIGH_SPREAD, Spread, summarize
+from engine.prefill import DENSE
 
 SCHEMA_VERSION = 1
 
@@ -56,6 +59,8 @@ class NeedlesResult:
     # By tenth of the document that the needle begins in. Each needle counts once, however often it is asked for.
     right_by_depth: Sequence[int] = ()
     asked_by_depth: Sequence[int] = ()
+    # Of attention's pairs of a query and a key in the document, the fraction that was computed, layer by layer.
+    density: Sequence[float] = ()  # empty where all were, or where attention is disabled
     prefill_ms: Sequence[float] = ()  # computing the document, from nothing
     answer_ms: Sequence[float] = ()  # reading all questions and generating every token
     first_token_ms: Sequence[float] = ()  # reading all questions and generating one token each; empty if not measured
@@ -77,6 +82,18 @@ class NeedlesResult:
     @property
     def accuracy_by_depth(self) -> list[Accuracy]:
         return [Accuracy(*pair) for pair in zip(self.right_by_depth, self.asked_by_depth, strict=True)]
+
+    @property
+    def prefill(self) -> str:
+        """How the document was read."""
+        return str(self.environment.get("prefill", DENSE))
+
+    @property
+    def mean_density(self) -> float | None:
+        """None of attention methods that mask by themselves, or have none."""
+        if self.density:
+            return sum(self.density) / len(self.density)
+        return None if self.attention.partition(":")[0] in (NoAttention.name, Streaming.name) else 1.0
 
     @property
     def decode_rounds_ms(self) -> list[float]:

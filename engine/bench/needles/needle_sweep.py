@@ -121,6 +121,10 @@ class NeedleSweep:
                     if takes_turns:
                         asker.release()  # each has all memory in its turn
                     on_step()
+            for asker in askers:
+                if not measured[asker.method].refusal:
+                    measured[asker.method].density = asker.density(self._tokens, self._longest)
+                    asker.release()
         finally:
             for asker in askers:
                 asker.release()
@@ -172,6 +176,7 @@ class NeedleSweep:
             num_at_once=measured.num_at_once,
             right_by_depth=_count_by_depth(asked[distinct], is_right[distinct]),
             asked_by_depth=_count_by_depth(asked[distinct], [True] * len(asked[distinct])),
+            density=tuple(measured.density),
             peak_bytes=tuple(self._group.gather_objects(measured.peak_bytes)),
             run=self._run,
             **measured.times(),
@@ -239,6 +244,7 @@ class _Measured:
     token_ids: Sequence[Sequence[int]] = ()  # of each answer, in the latest turn
     num_at_once: int = 0
     peak_bytes: int = 0  # on this rank
+    density: Sequence[float] = ()  # as of the result
     _times: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, kind: str, ms: float, is_warmup: bool) -> None:

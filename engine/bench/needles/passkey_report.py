@@ -10,6 +10,7 @@ from engine.bench.needles.passkey_results import PasskeyResult
 from engine.bench.report import MISSING, format_number, require_matplotlib, write_table
 from engine.bench.result_files import Status
 from engine.files import write_whole
+from engine.prefill import DENSE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,8 +29,14 @@ def passkey_title(grid: Sequence[PasskeyResult]) -> str:
     return (
         f"{first.length.name}: passkeys of {first.num_digits} digits, {first.num_repeats} at each depth, in "
         f"{first.haystack}; {Path(first.model_name).name}, {environment.get('dtype')} on "
-        f"{environment.get('device_name')}, {ranks} rank{'s' * (ranks != 1)}{source}"
+        f"{environment.get('device_name')}, {ranks} rank{'s' * (ranks != 1)}{_prefill_text(environment)}{source}"
     )
+
+
+def _prefill_text(environment: dict[str, object]) -> str:
+    """How prompts were read; nothing where all of attention was computed."""
+    prefill = environment.get("prefill", DENSE)
+    return "" if prefill == DENSE else f", prefill {prefill}"
 
 
 def overall(grid: Sequence[PasskeyResult]) -> tuple[Accuracy, Accuracy]:
@@ -58,7 +65,8 @@ def span(grid: Sequence[PasskeyResult]) -> str:
 
 
 def _setting(result: PasskeyResult) -> tuple[str, ...]:
-    environment = (str(result.environment.get(name, "unknown")) for name in ("device_name", "dtype", "world_size"))
+    names = ("device_name", "dtype", "world_size", "prefill")
+    environment = (str(result.environment.get(name, "unknown")) for name in names)
     sizes = (str(result.num_digits), str(result.num_repeats), str(tuple(result.depths)))
     return (
         result.sweep,

@@ -14,6 +14,7 @@ from engine.checkpoint import resolve_model
 from engine.distributed import TPGroup
 from engine.engine import check_execution
 from engine.files import check_outdir
+from engine.prefill import check_prefill
 from engine.progress import generation_progress, progress_bar
 from engine.tokenizer import Tokenizer
 
@@ -25,6 +26,7 @@ class _Plan:
         check_outdir(settings.outdir)
         config, model = settings.model.config(), settings.model
         check_execution(group, config.dtype, **asdict(settings.execution))
+        check_prefill(settings.execution.prefill, model.name, config)
         folder = resolve_model(model.name, model.revision, weights=False) if model.tp_dir is None else model.tp_dir
         tokenizer = Tokenizer.from_folder(folder)
         settings.check_lengths(config.max_positions)

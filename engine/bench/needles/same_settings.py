@@ -11,6 +11,7 @@ from engine.errors import InputError
 _SAME = ("model_name", "model_digest", "attention", "seed", "haystack", "haystack_digest")
 _SAME_ENVIRONMENT = (
     "device_name", "dtype", "world_size", "num_threads", "attention_backend", "operations_backend", "cuda_graphs",
+    "prefill",
 )  # fmt: skip
 
 

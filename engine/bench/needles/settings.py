@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from engine.attention import METHODS
+from engine.attention import get_method
 from engine.bench.environment import Execution
 from engine.bench.modes import ModelOptions
 from engine.bench.needles.document import MAX_NEEDLES, Document, make_document
@@ -24,6 +24,11 @@ _CHARACTERS_A_TOKEN = 16  # likewise
 # Of text around each needle, which is half as long: a document is to consist of text.
 _CHARACTERS_A_NEEDLE = 75
 _MAX_NAME_BYTES = 200
+
+
+def portable_name(model: str) -> str:
+    """A model's name; of the shipped one a path that is the same on every machine."""
+    return str(SHIPPED_MODEL.relative_to(_ROOT)) if Path(model) == SHIPPED_MODEL else model
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,7 @@ class Settings:
 
     def __post_init__(self):
         for name in self.attention:
-            if name not in METHODS:
-                raise InputError(f"attention {name!r} is not known; accepted: {', '.join(METHODS)}, or several of them")
+            get_method(name)
         if len(set(self.attention)) < len(self.attention):
             raise InputError(f"attention {','.join(self.attention)} names a method twice; accepted: each once")
         if self.names not in NAMES:
@@ -76,10 +80,7 @@ class Settings:
 
     @property
     def model_name(self) -> str:
-        """Of the shipped model a path that is the same on every machine."""
-        if Path(self.model.name) == SHIPPED_MODEL:
-            return str(SHIPPED_MODEL.relative_to(_ROOT))
-        return self.model.name
+        return portable_name(self.model.name)
 
     def run_name(self, method: str) -> str:
         """The folder of a method's results."""

@@ -143,7 +143,7 @@ class TestResults:
             assert f"batch {cell.batch_size}, shared {cell.num_shared}, unique 4: " in printed
 
     def test_a_method_that_was_added_runs_like_the_others(self, sweep, monkeypatch):
-        class OwnTokensOnly(Hydragen):  # the example of docs/adding-an-attention-method.md
+        class OwnTokensOnly(Hydragen):
             name = "own_tokens_only"
 
             def shared_segments(self, tree, placement, runs):

@@ -153,6 +153,28 @@ class TestNeedleTables:
         text = printed(print_needle_tables, build_needle_rows([needles_result(num_at_once=8)]))
         assert "at once" in text
 
+    def test_sparse_prefill_beside_dense(self, tmp_path):
+        sparse = needles_result(
+            name="sparse", density=(0.1, 0.3), env={"prefill": "a_shape:n_init=4"}, answer_ms=(20.0,) * 3
+        )
+        streaming = needles_result("streaming:n_init=4", name="streaming")
+        rows = build_needle_rows([needles_result(), sparse, streaming, needles_result("hydragen_noshared")])
+        compared = {row.result.questions.name for row in rows if row.vs_baseline is not None}
+        assert compared == {"hydragen", "streaming"}  # the baseline read its document with all of attention
+        text = printed(print_needle_tables, rows)
+        times = [line for line in lines(text) if any(word.startswith("(") for word in line)]
+        for name, density in (("hydragen", "100.0%"), ("sparse", "20.0%"), ("streaming", "-")):
+            (row,) = [line for line in times if name in line]
+            assert row[row.index(name) + 1] == density
+        assert "\nsparse: prefill a_shape:n_init=4\n" in text
+        path = tmp_path / "needles.csv"
+        write_needle_csv(rows, path)
+        values = {row["name"]: (row["prefill"], row["mean_density"]) for row in read_csv(path)}
+        assert values == {
+            "hydragen": ("dense", "1.0"), "hydragen_noshared": ("dense", "1.0"),
+            "sparse": ("a_shape:n_init=4", "0.2"), "streaming": ("dense", ""),
+        }  # fmt: skip
+
     def test_what_did_not_run(self):
         failed = needles_result(
             status=Status.OUT_OF_MEMORY,
@@ -261,6 +283,14 @@ class TestPlots:
         assert shares.shape == (4, 10)
         assert shares[:, 0].tolist() == [0.5, 0.5, 1, 1] and shares[:, 1:].min() == 1
         assert depths.get_yticklabels()[0].get_text() == "hydragen, 1,000 tokens\n20 questions: 95.0% (76.4-99.1)"
+
+    def test_of_sparse_prefill_accuracy_against_density(self, figures, tmp_path):
+        sparse = needles_result(name="sparse", density=(0.1, 0.3), env={"prefill": "a_shape"})
+        plot_needles(build_needle_rows([needles_result(num_right=20), sparse]), tmp_path / "needles.png")
+        axes = next(axes for axes in figures[0].axes if "prefill computed" in axes.get_xlabel())
+        assert sorted(tuple(map(float, line.get_xydata()[0])) for line in axes.get_lines() if line.get_marker() in "os") == [
+            (0.2, 0.95), (1.0, 1.0),
+        ]  # fmt: skip
 
     def test_a_depth_that_nothing_was_asked_about(self, figures, tmp_path):
         plot_needles(build_needle_rows([needles_result(num_questions=4, num_right=3)]), tmp_path / "needles.png")
