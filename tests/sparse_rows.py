@@ -35,7 +35,7 @@ def random_index(rows: SparseRows, H: int, seed=0, density=0.3) -> SparseIndex:
     columns = torch.rand(R, H, N, generator=generator).argsort(-1)[..., : max(1, N // 8)].int()
     columns[:, kinds != 0] = NOTHING
     dense_from = torch.full((R, H), NEVER)
-    dense_from[:, kinds == 2] = (N - 70) // 64
+    dense_from[:, kinds == 2] = max(0, N - 70) // 64
     listed = kinds == 1
     size = max(1, K // 3)
     tiles = torch.rand(R, int(listed.sum()), int(rows.num_tiles.max()), K, generator=generator).argsort(-1)[..., :size]

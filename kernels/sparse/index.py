@@ -34,7 +34,7 @@ class SparseIndex:
     distances: torch.Tensor  # (R, H, K) bool; 0 is always in, K and more never
     ranges: torch.Tensor  # (R, H, W, 2): the same as [first, last), rising, of no length where a head has fewer
     columns: torch.Tensor  # (R, H, C): positions, rising, then NOTHING
-    dense_from: torch.Tensor  # (R, H): a tile of queries
+    dense_from: torch.Tensor  # (R, H): a tile of queries, 0 or more
     tiles: torch.Tensor  # (R, L, N, B): for each tile of queries from the row's first on, none twice, or NOTHING
     tiles_of_head: torch.Tensor  # (H,): which of the L lists is a head's, -1 for none
 

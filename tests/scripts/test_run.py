@@ -168,7 +168,7 @@ class TestOptions:
         assert callable(seen.pop("on_tokens"))
         assert seen == {
             "model": str(tiny_folder), "tp_dir": None, "dtype": "bfloat16", "attention": "hydragen_noshared",
-            "attention_backend": "aten", "operations_backend": "aten", "cuda_graphs": False,
+            "attention_backend": "aten", "operations_backend": "aten", "cuda_graphs": False, "prefill": None,
             "load_format": "auto", "revision": None, "cache_tokens": 640, "max_batch_size": 1,
             "disable_hierarchy": True, "params": SamplingParams(
                 n=2, temperature=0.5, top_p=0.9, top_k=7, max_tokens=4, seed=3, stop_token_ids=(8, 9), ignore_eos=True

@@ -124,7 +124,7 @@ def test_every_option_arrives(answer, model, paths, monkeypatch):
     assert seen.pop("job") == {"overwrite": True, "defaults": Defaults(3, 9), "window": WindowSize(7, 5 * 2**20)}
     assert seen == {
         "model": str(model), "tp_dir": None, "dtype": "bfloat16", "attention": "hydragen_noshared",
-        "attention_backend": "aten", "operations_backend": "aten", "cuda_graphs": False,
+        "attention_backend": "aten", "operations_backend": "aten", "cuda_graphs": False, "prefill": None,
         "load_format": "auto", "revision": None, "cache_tokens": 640, "max_batch_size": 2,
     }  # fmt: skip
 
