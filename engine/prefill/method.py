@@ -27,8 +27,10 @@ _UNIFORM: dict[str, Pattern] = {
     "block_sparse": BlockSparse(num_blocks=100),
 }
 PREFILL_METHODS = (DENSE, *_UNIFORM, MINFERENCE)
-# New tokens of a sequence or node from which on its attention is sparse: below, the estimate costs more than it saves.
-DENSE_BELOW = 1024
+# New tokens of a sequence or node from which on its attention is sparse: below, making a mask costs more than it saves.
+# Measured on 2 cores with llama-125m (docs/sparse-prefill.md): at 1,024 tokens every pattern is slower than all of
+# attention, at 2,048 none is.
+DENSE_BELOW = 2048
 
 
 @dataclass(frozen=True)

@@ -80,28 +80,44 @@ def lower(
 ) -> SparseIndex:
     """The index of heads that have a pattern each, for these queries and keys; of ``dense_rows`` all keys are seen."""
     assert len(patterns) == q_THD.shape[1], f"{len(patterns)} patterns for {q_THD.shape[1]} heads"
-    of_kind: dict[type, list[int]] = {kind: [] for kind in (Dense, AShape, TriShape, VerticalSlash, BlockSparse)}
-    for head, pattern in enumerate(patterns):
-        of_kind[type(pattern)].append(head)
+    longest = int(rows.num_keys.max(initial=0))
+    # All rows have the same heads with lists of blocks.
+    patterns = [Dense() if isinstance(p, BlockSparse) and _has_all(p, longest) else p for p in patterns]
+    with_blocks = [head for head, pattern in enumerate(patterns) if isinstance(pattern, BlockSparse)]
     indices = []
     for row in range(rows.num_rows):
         num_keys, num_tiles = int(rows.num_keys[row]), int(rows.num_tiles[row])
         heads = _Heads(patterns, num_keys, k_SHD.device)
         if num_tiles == 0 or (dense_rows is not None and dense_rows[row]):
             heads.add_dense(range(len(patterns)))
-            heads.add_no_blocks(of_kind[BlockSparse], num_tiles)
+            heads.add_no_blocks(with_blocks, num_tiles)
         else:
-            heads.add_dense(of_kind[Dense])
-            heads.add_a_shape(of_kind[AShape] + of_kind[TriShape])
+            heads.add_dense([head for head, p in enumerate(patterns) if _has_all(p, num_keys)])
+            heads.add_a_shape([head for head, p in enumerate(patterns) if isinstance(p, AShape | TriShape)])
+            with_lines = [
+                head for head, p in enumerate(patterns) if isinstance(p, VerticalSlash) and not _has_all(p, num_keys)
+            ]
             queries = q_THD[int(rows.q_offsets[row]) : int(rows.q_offsets[row + 1])]
-            if of_kind[VerticalSlash] or of_kind[BlockSparse]:
+            if with_lines or with_blocks:
                 keys = _keys(k_SHD, rows, row)
-            if of_kind[VerticalSlash]:
-                heads.add_vertical_slash(of_kind[VerticalSlash], queries, keys, scale)
-            if of_kind[BlockSparse]:
-                heads.add_blocks(of_kind[BlockSparse], queries, keys)
+            if with_lines:
+                heads.add_vertical_slash(with_lines, queries, keys, scale)
+            if with_blocks:
+                heads.add_blocks(with_blocks, queries, keys)
         indices.append(heads.index())
     return SparseIndex.stack(indices)
+
+
+def _has_all(pattern: Pattern, num_keys: int) -> bool:
+    """Whether a pattern has all of so many keys, whatever the queries: then there is nothing to estimate."""
+    match pattern:
+        case Dense():
+            return True
+        case VerticalSlash(num_vertical, num_slash):
+            return max(num_vertical, num_slash) >= num_keys
+        case BlockSparse(num_blocks):
+            return num_blocks * TILE >= num_keys
+    return False
 
 
 def distances_of_slashes(distances: torch.Tensor, slashes: torch.Tensor) -> torch.Tensor:

@@ -87,14 +87,31 @@ def _draw_times(axes: Axes, results: Sequence[NeedlesResult]) -> None:
     axes.legend(fontsize=8, frameon=False)
 
 
+def _pattern(run: NeedlesResult) -> tuple[str, str, int]:
+    return run.prefill.partition(":")[0], run.attention, run.num_document_tokens
+
+
 def _draw_densities(axes: Axes, runs: Sequence[NeedlesResult]) -> None:
-    """The share of right answers, with its interval, against how much of attention was computed for it."""
-    for number, run in enumerate(run for run in runs if run.mean_density is not None):
-        share, (low, high) = run.accuracy.share, run.accuracy.interval
-        label = f"{run.questions.name}, {run.num_document_tokens:,} tokens"
-        errors = [[max(0.0, share - low)], [max(0.0, high - share)]]
+    """The share of right answers, with its interval, against how much of attention was computed for it: a line a
+    pattern, method and document."""
+    shown = sorted((run for run in runs if run.mean_density is not None), key=_pattern)
+    for number, (pattern, group) in enumerate(groupby(shown, key=_pattern)):
+        members = sorted(group, key=lambda run: run.mean_density)
+        shares = [run.accuracy.share for run in members]
+        below, above = zip(*(run.accuracy.interval for run in members), strict=True)
+        errors = [
+            [max(0.0, share - low) for share, low in zip(shares, below, strict=True)],
+            [max(0.0, high - share) for share, high in zip(shares, above, strict=True)],
+        ]
         axes.errorbar(
-            run.mean_density, share, yerr=errors, fmt=_MARKS[number % len(_MARKS)], ms=5, capsize=2, label=label
+            [run.mean_density for run in members],
+            shares,
+            yerr=errors,
+            fmt=f"{_MARKS[number % len(_MARKS)]}-",
+            ms=5,
+            linewidth=1,
+            capsize=2,
+            label=f"{pattern[0]} ({pattern[1]}), {pattern[2]:,} tokens",
         )
     axes.set_xscale("log")
     axes.set_ylim(-0.03, 1.03)

@@ -30,9 +30,9 @@ class TestNames:
     @pytest.mark.parametrize(
         ("text", "pattern", "dense_below"),
         [
-            ("a_shape:n_init=4:n_local=64", AShape(4, 64), 1024),
+            ("a_shape:n_init=4:n_local=64", AShape(4, 64), 2048),
             (" tri_shape:n_last=7:dense_below=0", TriShape(128, 4096, 7), 0),
-            ("vertical_slash:num_vertical=30:num_slash=800", VerticalSlash(30, 800), 1024),
+            ("vertical_slash:num_vertical=30:num_slash=800", VerticalSlash(30, 800), 2048),
             ("block_sparse:num_blocks=8:dense_below=99", BlockSparse(8), 99),
         ],
     )

@@ -123,6 +123,15 @@ class TestVerticalSlash:
         assert int(num_seen(index, rows)[0]) < 0.3 * num_pairs(rows)
 
 
+@pytest.mark.parametrize("pattern", [VerticalSlash(300, 1), VerticalSlash(1, 300), BlockSparse(5)])
+def test_what_covers_everything_is_not_estimated(pattern, monkeypatch):
+    for name in ("estimate_vertical_slash", "estimate_tiles"):
+        monkeypatch.setattr(f"kernels.sparse.patterns.{name}", None)
+    rows, index, (mask,) = masks([pattern, Dense()], [(300, [300])])
+    query, key = positions(rows)
+    assert (mask == (key <= query)).all()
+
+
 class TestBlocks:
     def test_keeps_the_most_alike_the_first_and_the_diagonal(self):
         g = torch.Generator().manual_seed(2)

@@ -288,9 +288,10 @@ class TestPlots:
         sparse = needles_result(name="sparse", density=(0.1, 0.3), env={"prefill": "a_shape"})
         plot_needles(build_needle_rows([needles_result(num_right=20), sparse]), tmp_path / "needles.png")
         axes = next(axes for axes in figures[0].axes if "prefill computed" in axes.get_xlabel())
-        assert sorted(tuple(map(float, line.get_xydata()[0])) for line in axes.get_lines() if line.get_marker() in "os") == [
-            (0.2, 0.95), (1.0, 1.0),
-        ]  # fmt: skip
+        points = {tuple(map(float, line.get_xydata()[0])) for line in axes.get_lines() if line.get_marker() in "os"}
+        assert points == {(0.2, 0.95), (1.0, 1.0)}
+        labels = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert labels == ["a_shape (hydragen), 1,000 tokens", "dense (hydragen), 1,000 tokens"]
 
     def test_a_depth_that_nothing_was_asked_about(self, figures, tmp_path):
         plot_needles(build_needle_rows([needles_result(num_questions=4, num_right=3)]), tmp_path / "needles.png")
