@@ -13,8 +13,7 @@ from engine.bench.needles.passkey_grid import PasskeyGrid
 from engine.bench.needles.run import print_plan, run_needles
 from engine.bench.needles.settings import SHIPPED_MODEL, Settings
 from engine.bench.ranges import parse_range
-from engine.bench.report import require_matplotlib
-from engine.bench.reports import read_reports
+from engine.bench.reports import write_reports
 from engine.cli import make_app, make_console, run
 from engine.distributed import init_group
 from engine.errors import InputError
@@ -88,9 +87,9 @@ def needles(
     """Ask many questions about one document that has the answers hidden in it, and time it; hide passkeys at every
     depth of texts of several lengths.
 
-    With no arguments the retrieval model that ships with the project is asked, in less than a minute on 2 cores. A number
-    of questions, and a length of the grid, that has a result is skipped, so a run that was stopped goes on. Answers
-    are kept beside the results; tables, CSV and plots are made at the end.
+    With no arguments the retrieval model that ships with the project is asked, in less than a minute on 2 cores. A
+    number of questions, and a length of the grid, that has a result is skipped, so a run that was stopped goes on.
+    Answers are kept beside the results; tables, CSV and plots are made at the end.
 
     Ranges are a,b,c or start:stop:step or start:stop:xfactor, where stop is exclusive.
 
@@ -135,7 +134,7 @@ def needles(
             return
         run_needles(settings, group, make_console(stderr=True, quiet=group.rank != 0))
         if group.rank == 0:
-            _report(save_dir)
+            write_reports(save_dir, make_console())
     finally:
         group.close()
 
@@ -152,21 +151,6 @@ def _methods(attention: str | None, disable_hydragen: bool, disable_attention: b
     if disable_attention:
         return ("noattention",)
     return tuple(name.strip() for name in ("hydragen" if attention is None else attention).split(","))
-
-
-def _report(save_dir: Path) -> None:
-    reports = read_reports([save_dir])
-    for report in reports:
-        report.show(make_console())
-        report.write_csv(save_dir / f"{report.stem}.csv")
-    try:
-        require_matplotlib()
-    except InputError as error:  # the figures are there all the same
-        print(f"Results and CSV are in {save_dir}. No plots: {error}")
-        return
-    for report in reports:
-        report.plot(save_dir / f"{report.stem}.png")
-    print(f"Results, CSV and plots are in {save_dir}.")
 
 
 if __name__ == "__main__":

@@ -12,11 +12,9 @@ from engine.bench.prefill.column import parse_columns
 from engine.bench.prefill.run import print_plan, run_prefill
 from engine.bench.prefill.settings import BENCHMARK_CONTEXTS, Settings
 from engine.bench.ranges import parse_range
-from engine.bench.report import require_matplotlib
-from engine.bench.reports import read_reports
+from engine.bench.reports import write_reports
 from engine.cli import make_app, make_console, run
 from engine.distributed import init_group
-from engine.errors import InputError
 from engine.prefill import PREFILL_METHODS
 
 app = make_app()
@@ -130,23 +128,9 @@ def prefill(
             return
         run_prefill(settings, group, make_console(stderr=True, quiet=group.rank != 0))
         if group.rank == 0:
-            _report(save_dir)
+            write_reports(save_dir, make_console())
     finally:
         group.close()
-
-
-def _report(save_dir: Path) -> None:
-    reports = read_reports([save_dir])
-    for report in reports:
-        report.show(make_console())
-        report.write_csv(save_dir / f"{report.stem}.csv")
-    try:
-        require_matplotlib()
-    except InputError as error:  # the figures are there all the same
-        print(f"Results and CSV are in {save_dir}. No plot: {error}")
-        return
-    drawn = [report.plot(save_dir / f"{report.stem}.png") for report in reports]
-    print(f"Results, CSV and plot are in {save_dir}." if any(drawn) else f"Results and CSV are in {save_dir}.")
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ from engine.bench.prefill.prefill_report import (
     write_prefill_csv,
 )
 from engine.bench.prefill.prefill_results import PREFILL_FILES
-from engine.bench.report import build_rows, plot, print_table, write_csv
+from engine.bench.report import build_rows, plot, print_table, require_matplotlib, write_csv
 from engine.bench.result_files import Warn, print_warning
 from engine.bench.results import read_results
+from engine.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -110,3 +111,19 @@ def read_reports(outdirs: Iterable[Path], warn: Warn = print_warning) -> list[Re
     """
     found = [Report(kind, kind.read(outdirs, warn)) for kind in _KINDS]
     return [report for report in found if report.rows]
+
+
+def write_reports(save_dir: Path, console: "Console") -> None:
+    """Prints the tables of all that a run's directory holds, and writes CSV files and plots beside the results; says
+    where. Without matplotlib there are no plots, which is said too."""
+    reports = read_reports([save_dir])
+    for report in reports:
+        report.show(console)
+        report.write_csv(save_dir / f"{report.stem}.csv")
+    try:
+        require_matplotlib()
+    except InputError as error:  # the figures are there all the same
+        print(f"Results and CSV are in {save_dir}. No plots: {error}")
+        return
+    drawn = [report.plot(save_dir / f"{report.stem}.png") for report in reports]
+    print(f"Results{', CSV and plots' if any(drawn) else ' and CSV'} are in {save_dir}.")

@@ -73,7 +73,7 @@ class TestMeasuring:
         assert (out / "prefill.csv").read_text().count("\n") == 5
         assert (out / "prefill.png").read_bytes().startswith(b"\x89PNG")
         assert done.stdout.startswith("tiny with random weights, ") and "vs dense" in done.stdout
-        assert done.stdout.endswith(f"Results, CSV and plot are in {out}.\n")
+        assert done.stdout.endswith(f"Results, CSV and plots are in {out}.\n")
 
     def test_density_is_what_the_pattern_lets_through(self, out):
         done = prefill("--save-dir", out, *TINY, "--attn-type", SPARSE, "--context-window", 500)
@@ -159,7 +159,7 @@ class TestMeasuring:
     def test_without_matplotlib_there_is_a_table_all_the_same(self, out, monkeypatch):
         monkeypatch.setattr(report, "find_spec", lambda library: None)
         done = prefill("--save-dir", out, *TINY, "--attn-type", "dense", "--context-window", 64)
-        assert done.status == 0 and f"Results and CSV are in {out}. No plot: plotting needs matplotlib" in done.stdout
+        assert done.status == 0 and f"Results and CSV are in {out}. No plots: plotting needs matplotlib" in done.stdout
         assert [path.name for path in out.glob("*.*")] == ["prefill.csv"]
 
     def test_the_report_shows_it_too(self, out):
