@@ -22,7 +22,7 @@ NEAREST = 100
 
 def estimate_vertical_slash(
     q_QHD: torch.Tensor,
-    k_NHD: torch.Tensor,
+    k_pieces: Sequence[torch.Tensor],
     heads: Sequence[int],
     num_vertical: Sequence[int],
     num_slash: Sequence[int],
@@ -31,9 +31,9 @@ def estimate_vertical_slash(
     """``(columns (heads, C), distances (heads, A))``, int64: for each of ``heads`` as many positions and distances as
     it is to have, those with the largest sums of attention probabilities of the last queries, then -1.
 
-    ``q`` are the queries of the row's last positions, ``k (N, Hkv, D)`` all of its keys.
+    ``q`` are the queries of the row's last positions; its N keys, ``(any, Hkv, D)``, may come in pieces.
     """
-    N, group = k_NHD.shape[0], q_QHD.shape[1] // k_NHD.shape[1]
+    N, group = sum(map(len, k_pieces)), q_QHD.shape[1] // k_pieces[0].shape[1]
     q_HLD = q_QHD[-LAST_QUERIES:][:, heads].transpose(0, 1)
     L, columns, distances = q_HLD.shape[1], [], []
     at_once = min(len(heads), max(1, _max_bytes(q_HLD.device) // (4 * L * N)))
@@ -41,7 +41,7 @@ def estimate_vertical_slash(
     for first in range(0, len(heads), at_once):
         part = slice(first, first + at_once)
         kv_heads = [head // group for head in heads[part]]
-        by_column, by_distance = _sums(q_HLD[part], k_NHD, kv_heads, scale, room[: len(kv_heads)])
+        by_column, by_distance = _sums(q_HLD[part], k_pieces, kv_heads, scale, room[: len(kv_heads)])
         by_column[:, :FIRST_KEYS] = by_distance[:, :NEAREST] = float("inf")
         columns.append(_best(by_column, max(num_vertical), num_vertical[part]))
         distances.append(_best(by_distance, max(num_slash), num_slash[part]))
@@ -49,18 +49,23 @@ def estimate_vertical_slash(
 
 
 def _sums(
-    q_HLD: torch.Tensor, k_NHD: torch.Tensor, kv_heads: Sequence[int], scale: float, room_HLN: torch.Tensor
+    q_HLD: torch.Tensor,
+    k_pieces: Sequence[torch.Tensor],
+    kv_heads: Sequence[int],
+    scale: float,
+    room_HLN: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention probabilities of the last queries added up by key, ``(H, N)``, and by distance from the query,
     ``(H, N)``, float32. ``room`` is for the probabilities: memory that is new for every head costs more than they."""
-    (H, L, _), N, dtype = q_HLD.shape, k_NHD.shape[0], _product_dtype(q_HLD)
+    (H, L, _), N, dtype = q_HLD.shape, room_HLN.shape[2], _product_dtype(q_HLD)
     first = 0
     while first < H:  # heads of one group are one product
         end = first + 1
         while end < H and kv_heads[end] == kv_heads[first]:
             end += 1
-        scores = q_HLD[first:end].to(dtype).flatten(0, 1) @ k_NHD[:, kv_heads[first]].to(dtype).T
-        scores = scores.unflatten(0, (-1, L)).mul_(scale)
+        queries = q_HLD[first:end].to(dtype).flatten(0, 1)
+        parts = [queries @ piece[:, kv_heads[first]].to(dtype).T for piece in k_pieces]
+        scores = (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).unflatten(0, (-1, L)).mul_(scale)
         scores[..., N - L :].masked_fill_(_behind(L, scores.device), float("-inf"))
         torch.softmax(scores, -1, dtype=torch.float32, out=room_HLN[first:end])
         first = end
@@ -108,17 +113,18 @@ def _best(sums: torch.Tensor, num: int, budgets: Sequence[int]) -> torch.Tensor:
 
 
 def estimate_tiles(
-    q_QHD: torch.Tensor, k_NHD: torch.Tensor, heads: Sequence[int], num_blocks: Sequence[int]
+    q_QHD: torch.Tensor, k_pieces: Sequence[torch.Tensor], heads: Sequence[int], num_blocks: Sequence[int]
 ) -> torch.Tensor:
     """``(heads, tiles of queries, B)`` int32: for each tile of queries the tiles of keys before it whose mean has the
     largest product with its own mean. With the diagonal's, which is not listed, they are as many as the head is to
-    have, or all; the first one is always among them. Rising, then NOTHING. The queries are those of the last positions.
+    have, or all; the first one is always among them. Rising, then NOTHING. The queries are those of the last positions;
+    keys may come in pieces.
     """
-    Q, N, group = q_QHD.shape[0], k_NHD.shape[0], q_QHD.shape[1] // k_NHD.shape[1]
+    Q, N, group = q_QHD.shape[0], sum(map(len, k_pieces)), q_QHD.shape[1] // k_pieces[0].shape[1]
     first_tile, num_keys = (N - Q) // TILE, -(-N // TILE)
     sizes = [min(max(1, budget - 1), num_keys) for budget in num_blocks]
     tiles = torch.full((len(heads), num_keys - first_tile, max(sizes)), NOTHING, dtype=torch.int32, device=q_QHD.device)
-    queries_MHD, keys_MHD = _means(q_QHD, N - Q), _means(k_NHD, 0)
+    queries_MHD, keys_MHD = _means([q_QHD], N - Q), _means(k_pieces, 0)
     key_tile = torch.arange(num_keys, device=q_QHD.device)
     at_once = max(1, _max_bytes(q_QHD.device) // (4 * num_keys))
     for number, (head, size) in enumerate(zip(heads, sizes, strict=True)):
@@ -134,11 +140,25 @@ def estimate_tiles(
     return tiles.sort(-1).values
 
 
-def _means(x_THD: torch.Tensor, position: int) -> torch.Tensor:
-    """``(tiles, H, D)`` float32: the mean of each tile of positions, of what begins at ``position``."""
-    head = min(-position % TILE, len(x_THD))  # what the first tile has, where it does not begin with it
-    whole = (len(x_THD) - head) // TILE
-    middle = x_THD[head : head + whole * TILE].unflatten(0, (whole, TILE)).mean(1, dtype=torch.float32)
-    ends = (x_THD[:head], x_THD[head + whole * TILE :])
-    first, last = ([part.mean(0, keepdim=True, dtype=torch.float32)] if len(part) else [] for part in ends)
-    return torch.cat([*first, middle, *last])
+def _means(pieces: Sequence[torch.Tensor], position: int) -> torch.Tensor:
+    """``(tiles, H, D)`` float32: the mean of each tile of positions, of what begins at ``position`` and comes in pieces
+    ``(any, H, D)``."""
+    end, first = position + sum(map(len, pieces)), position // TILE
+    sums = torch.zeros(-(-end // TILE) - first, *pieces[0].shape[1:], dtype=torch.float32, device=pieces[0].device)
+    at = position
+    for piece in pieces:
+        head = min(-at % TILE, len(piece))  # what ends a tile that the piece does not begin
+        whole = (len(piece) - head) // TILE
+        tile = at // TILE - first
+        if head:
+            sums[tile] += piece[:head].sum(0, dtype=torch.float32)
+            tile += 1
+        middle = piece[head : head + whole * TILE].unflatten(0, (whole, TILE))
+        sums[tile : tile + whole] = middle.sum(1, dtype=torch.float32)
+        if tail := len(piece) - head - whole * TILE:
+            sums[tile + whole] += piece[-tail:].sum(0, dtype=torch.float32)
+        at += len(piece)
+    counts = sums.new_full((len(sums), 1, 1), TILE)
+    counts[0] -= position % TILE
+    counts[-1] -= -end % TILE
+    return sums / counts

@@ -155,17 +155,19 @@ class _Heads:
             if isinstance(pattern, TriShape) and pattern.n_last:
                 self._dense_from[head] = max(0, self._num_keys - pattern.n_last) // TILE
 
-    def add_vertical_slash(self, heads: Sequence[int], q_QHD: torch.Tensor, k_NHD: torch.Tensor, scale: float) -> None:
+    def add_vertical_slash(
+        self, heads: Sequence[int], q_QHD: torch.Tensor, k_pieces: Sequence[torch.Tensor], scale: float
+    ) -> None:
         budgets = [self._patterns[head] for head in heads]
         columns, distances = estimate_vertical_slash(
-            q_QHD, k_NHD, heads, [b.num_vertical for b in budgets], [b.num_slash for b in budgets], scale
+            q_QHD, k_pieces, heads, [b.num_vertical for b in budgets], [b.num_slash for b in budgets], scale
         )
         self._columns.append((list(heads), columns.int().masked_fill(columns < 0, NOTHING)))
         # Those that a head has not become distance 0, which is in anyway.
         self._distances[0, heads] = distances_of_slashes(self._distances[0, heads], distances.clamp(min=0))
 
-    def add_blocks(self, heads: Sequence[int], q_QHD: torch.Tensor, k_NHD: torch.Tensor) -> None:
-        tiles = estimate_tiles(q_QHD, k_NHD, heads, [self._patterns[head].num_blocks for head in heads])
+    def add_blocks(self, heads: Sequence[int], q_QHD: torch.Tensor, k_pieces: Sequence[torch.Tensor]) -> None:
+        tiles = estimate_tiles(q_QHD, k_pieces, heads, [self._patterns[head].num_blocks for head in heads])
         self._list(heads, tiles)
 
     def add_no_blocks(self, heads: Sequence[int], num_tiles: int) -> None:
@@ -187,14 +189,10 @@ class _Heads:
         return SparseIndex.of(self._distances, columns, dense_from[None], self._tiles, tiles_of_head)
 
 
-def _keys(k_SHD: torch.Tensor, rows: SparseRows, row: int) -> torch.Tensor:
-    """``(N, Hkv, D)``: the row's keys by position, a view where they lie in one piece."""
-    pieces = [
-        k_SHD[start : start + length]
-        for start, length in zip(rows.k_starts[row].tolist(), rows.k_lens[row].tolist(), strict=True)
-        if length
-    ]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+def _keys(k_SHD: torch.Tensor, rows: SparseRows, row: int) -> list[torch.Tensor]:
+    """``(any, Hkv, D)`` each: the row's keys by position, as they lie."""
+    pieces = zip(rows.k_starts[row].tolist(), rows.k_lens[row].tolist(), strict=True)
+    return [k_SHD[start : start + length] for start, length in pieces if length]
 
 
 def _check(pattern: Pattern, **least: int) -> None:

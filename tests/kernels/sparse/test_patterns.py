@@ -68,21 +68,21 @@ class TestVerticalSlash:
     def test_budgets_are_each_heads_own(self):
         g = torch.Generator().manual_seed(0)
         q, k = torch.randn(300, 4, 32, generator=g), torch.randn(300, 2, 32, generator=g)
-        columns, distances = estimate_vertical_slash(q, k, [3, 0], [40, 35], [150, 120], 0.2)
+        columns, distances = estimate_vertical_slash(q, [k], [3, 0], [40, 35], [150, 120], 0.2)
         assert [(row >= 0).sum().item() for row in columns] == [40, 35]
         assert [(row >= 0).sum().item() for row in distances] == [150, 120]
         for row in columns:
             assert set(range(FIRST_KEYS)) <= set(row.tolist())
         for row in distances:
             assert set(range(NEAREST)) <= set(row.tolist())
-        other, _ = estimate_vertical_slash(q, k, [3], [40], [150], 0.2)
+        other, _ = estimate_vertical_slash(q, [k], [3], [40], [150], 0.2)
         assert torch.equal(columns[:1].sort().values, other.sort().values)
 
     def test_sums_are_those_of_the_last_queries(self):
         """Against the softmax written out, in float64."""
         g = torch.Generator().manual_seed(1)
         q, k = torch.randn(90, 2, 16, generator=g), torch.randn(200, 1, 16, generator=g)
-        columns, distances = estimate_vertical_slash(q, k, [0, 1], [200, 199], [200, 199], 0.25)
+        columns, distances = estimate_vertical_slash(q, [k], [0, 1], [200, 199], [200, 199], 0.25)
         for head in range(2):
             position = torch.arange(136, 200)[:, None]
             scores = q[-64:, head].double() @ k[:, 0].double().T * 0.25
@@ -123,6 +123,20 @@ class TestVerticalSlash:
         assert int(num_seen(index, rows)[0]) < 0.3 * num_pairs(rows)
 
 
+@pytest.mark.parametrize("cuts", [[100], [64, 64], [1, 2, 200], [299]])
+def test_keys_may_come_in_pieces(cuts):
+    g = torch.Generator().manual_seed(3)
+    q, k = torch.randn(130, 4, 16, generator=g), torch.randn(300, 2, 16, generator=g)
+    pieces = list(k.tensor_split([sum(cuts[: i + 1]) for i in range(len(cuts))]))
+    assert len(pieces) == len(cuts) + 1
+    whole, parts = (estimate_tiles(q, keys, [0, 3], [3, 2]) for keys in ([k], pieces))
+    assert torch.equal(whole, parts)
+    for one, other in zip(
+        *(estimate_vertical_slash(q, keys, [1, 2], [40, 35], [120, 110], 0.25) for keys in ([k], pieces)), strict=True
+    ):
+        assert torch.equal(one.sort(-1).values, other.sort(-1).values)
+
+
 @pytest.mark.parametrize("pattern", [VerticalSlash(300, 1), VerticalSlash(1, 300), BlockSparse(5)])
 def test_what_covers_everything_is_not_estimated(pattern, monkeypatch):
     for name in ("estimate_vertical_slash", "estimate_tiles"):
@@ -136,7 +150,7 @@ class TestBlocks:
     def test_keeps_the_most_alike_the_first_and_the_diagonal(self):
         g = torch.Generator().manual_seed(2)
         q, k = torch.randn(330, 2, 16, generator=g), torch.randn(500, 1, 16, generator=g)
-        tiles = estimate_tiles(q, k, [1, 0], [4, 2])
+        tiles = estimate_tiles(q, [k], [1, 0], [4, 2])
         assert tiles.shape == (2, 6, 3)  # positions 170 to 499 stand in tiles 2 to 7
         means_k = torch.stack([k[64 * j : 64 * j + 64, 0].mean(0) for j in range(8)])
         for number, (head, size) in enumerate(((1, 3), (0, 1))):
