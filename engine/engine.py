@@ -135,6 +135,8 @@ class Engine:
         self.model.attention_backend, self.model.operations_backend = self._attention_backend, self._operations_backend
         self.model.sparse_prefill = self.sparse_prefill
         method = get_method(name)
+        if method.moves and self.sparse_prefill is not None:
+            raise InputError(f"attention {name!r} reads prompts by itself; accepted with it: prefill dense")
         if method.moves and self._graphs is not None:
             raise InputError(f"attention {name!r} cannot be captured in CUDA graphs; leave one of the two out")
         if method.moves and (window := self.model.config.sliding_window) is not None:

@@ -22,8 +22,8 @@ from kernels.sparse import SparseIndex, SparsePlan, SparseRows, lower, num_pairs
 
 
 class SparsePrefill:
-    """The patterns of this rank's heads. What fraction of attention's work was done is added up in ``density`` where it
-    is asked to ``measure``."""
+    """The patterns of this rank's heads. What fraction of attention's work is done is counted where it is ``measured``.
+    """
 
     def __init__(self, heads: HeadPatterns, dense_below: int):
         self._heads, self._dense_below = heads, dense_below

@@ -8,15 +8,13 @@ from typing import Protocol
 import torch
 
 from kernels import attention_simd, simd
-from kernels.attention import TRITON_DTYPES
+from kernels.attention import TRITON_DTYPES, State
 from kernels.backend import Backend, triton_runs
 from kernels.sparse.aten import AtenTasks
 from kernels.sparse.index import SparseIndex
 from kernels.sparse.reference import sparse_attention
 from kernels.sparse.rows import SparseRows
 from kernels.sparse.simd import SimdTasks
-
-State = tuple[torch.Tensor, torch.Tensor]
 
 
 class Tasks(Protocol):

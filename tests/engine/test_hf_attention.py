@@ -1,22 +1,14 @@
 """transformers with sparse prefill, against this engine, and against transformers' own attention."""
 
-import json
-
-import numpy as np
 import pytest
 import torch
+from generating import generate, mixed_heads, prompts
 from models import assert_close, hf_model, our_engine
 
 from engine import register_sparse_attention
 from engine.errors import InputError
-from engine.sampling import SamplingParams
 
 SPARSE = "a_shape:n_init=3:n_local=10:dense_below=32"
-
-
-def prompts(*lengths, seed=0):
-    rng = np.random.default_rng(seed)
-    return [rng.integers(0, 67, n).tolist() for n in lengths]
 
 
 def registered(prefill, family="llama", **changes):
@@ -25,30 +17,11 @@ def registered(prefill, family="llama", **changes):
     return model
 
 
-@pytest.fixture
-def mixed(tmp_path):
-    path = tmp_path / "heads.json"
-    layer = {
-        "0": ["vertical_and_slash", 30, 100, 1],
-        "1": ["stream_llm", 3, 10, 1],
-        "2": ["block_sparse", 2, 0, 1],
-        "3": ["dense", 0, 0, 1],
-    }
-    path.write_text(json.dumps([layer, {str(3 - head): layer[str(head)] for head in range(4)}]))
-    return f"minference:config={path}:dense_below=32"
-
-
-def ours(prefill, prompt, num_tokens=5):
-    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
-    ((found,),) = our_engine(hf_model(), prefill=prefill).generate([prompt], params, return_logits=True)
-    return found
-
-
 @pytest.mark.parametrize("prefill", [SPARSE, "mixed", "block_sparse:num_blocks=2:dense_below=0", "vertical_slash"])
-def test_generates_what_this_engine_does(prefill, mixed):
-    prefill = mixed if prefill == "mixed" else prefill
+def test_generates_what_this_engine_does(prefill, tmp_path):
+    prefill = mixed_heads(tmp_path) if prefill == "mixed" else prefill
     model, (prompt,) = registered(prefill), prompts(200)
-    expected = ours(prefill, prompt)
+    (expected,) = generate(our_engine(hf_model(), prefill=prefill), [prompt], num_tokens=5)
     found = model.generate(
         torch.tensor([prompt]), max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True
     )

@@ -1,27 +1,16 @@
 """StreamingLLM against its definition: a cache that evicts, token by token."""
 
-import numpy as np
 import pytest
 import torch
+from generating import generate, prompts
 from models import assert_close, hf_model, our_engine
 from ranks import run_ranks
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from engine.attention import get_method
 from engine.errors import InputError
-from engine.sampling import SamplingParams
 
 STREAMING = "streaming:n_init=3:n_local=10"
-
-
-def prompts(*lengths, seed=0):
-    rng = np.random.default_rng(seed)
-    return [rng.integers(0, 67, n).tolist() for n in lengths]
-
-
-def generate(engine, given, num_tokens=6, **options):
-    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
-    return [samples[0] for samples in engine.generate(given, params, return_logits=True, **options)]
 
 
 @torch.no_grad()
@@ -121,3 +110,9 @@ def test_mistakes(name, message):
 def test_models_with_a_window_are_refused():
     with pytest.raises(InputError, match="'streaming' is for models without a window; this one's is 7 tokens"):
         generate(our_engine(hf_model("mistral, window")), prompts(5), attention="streaming")
+
+
+def test_sparse_prefill_is_refused():
+    """It would read prompts another way."""
+    with pytest.raises(InputError, match="'streaming' reads prompts by itself; accepted with it: prefill dense"):
+        generate(our_engine(hf_model(), prefill="a_shape"), prompts(5), attention="streaming")

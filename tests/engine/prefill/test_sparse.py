@@ -1,16 +1,13 @@
 """Sparse prefill in the engine: against transformers under the same mask, and against itself cut otherwise."""
 
-import json
-
-import numpy as np
 import pytest
 import torch
+from generating import generate, mixed_heads, prompts
 from models import assert_close, hf_model, our_engine
 from ranks import run_ranks
 
 from engine.engine import Levels
 from engine.errors import InputError
-from engine.sampling import SamplingParams
 from kernels.sparse import SparseRows, lower
 from kernels.sparse.patterns import AShape
 from kernels.sparse.reference import expanded_mask
@@ -24,16 +21,6 @@ EVERYTHING = (
     "block_sparse:num_blocks=99:dense_below=0",
     "minference:dense_below=0",
 )
-
-
-def prompts(*lengths, seed=0):
-    rng = np.random.default_rng(seed)
-    return [rng.integers(0, 67, n).tolist() for n in lengths]
-
-
-def generate(engine, given, num_tokens=6, **options):
-    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
-    return [samples[0] for samples in engine.generate(given, params, return_logits=True, **options)]
 
 
 def assert_same_logits(found, expected):
@@ -120,28 +107,13 @@ def test_runs_that_are_too_short_are_dense():
     assert all(map(torch.equal, found.logits, expected.logits))
 
 
-@pytest.fixture
-def mixed(tmp_path):
-    """A pattern for each of the 4 heads of 2 layers, of every kind."""
-    path = tmp_path / "heads.json"
-    first = {
-        "0": ["vertical_and_slash", 30, 100, 1],
-        "1": ["stream_llm", 3, 10, 1],
-        "2": ["block_sparse", 2, 0, 1],
-        "3": ["dense", 0, 0, 1],
-    }
-    second = {str(3 - head): first[str(head)] for head in range(4)}
-    path.write_text(json.dumps([first, second]))
-    return f"minference:config={path}:dense_below=32"
-
-
 @pytest.mark.parametrize(
     "prefill", ["mixed", "a_shape:n_init=3:n_local=20:dense_below=0", "block_sparse:num_blocks=2:dense_below=0"]
 )
 @pytest.mark.parametrize("size", [2, 4])
-def test_ranks_generate_what_one_does(size, prefill, mixed):
+def test_ranks_generate_what_one_does(size, prefill, tmp_path):
     """Each takes its own heads' patterns: 4 ranks share 2 KV heads."""
-    prefill = mixed if prefill == "mixed" else prefill
+    prefill = mixed_heads(tmp_path) if prefill == "mixed" else prefill
     hf = hf_model()
     shared, a, b, c = prompts(130, 70, 40, 20)
     given = [shared + a, shared + b, shared + c, c]
