@@ -22,11 +22,6 @@ def known_machine(monkeypatch):
     monkeypatch.setattr(sweeps, "_crossover", lambda *setting: ALWAYS)
 
 
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "out"
-
-
 def test_the_table_goes_to_stdout_and_the_rest_to_stderr(out):
     done = micro(out, 2, 8, "0:9:4", *TINY)
     assert done.status == 0

@@ -7,13 +7,12 @@ import shutil
 import pytest
 import yaml
 from checkpoints import save_tiny
-from commands import Command, assert_mistake, torchrun
+from commands import Command, torchrun
 from documented import fields_of_table
 from safetensors.torch import load_file, save_file
 
 from engine.arena import NoRoomError
 from engine.bench import report
-from engine.bench.modes import ModelOptions
 from engine.bench.needles.asking import Asker
 from engine.bench.needles.needle_results import NEEDLE_FILES
 from engine.bench.needles.passkey_results import PASSKEY_FILES
@@ -28,22 +27,8 @@ SMALL = (
 
 
 @pytest.fixture
-def out(tmp_path):
-    return tmp_path / "out"
-
-
-@pytest.fixture
-def refused(out, monkeypatch):
-    """Asserts that the command is refused before any model is loaded, and writes nothing."""
-
-    def check(arguments, *parts):
-        before = sorted(out.rglob("*"))
-        monkeypatch.setattr(ModelOptions, "load", None)
-        for extra in ([], ["--dry-run"]):
-            assert_mistake(needles("--save-dir", out, *arguments, *extra), *parts)
-        assert sorted(out.rglob("*")) == before
-
-    return check
+def command():
+    return needles
 
 
 class TestTheOriginals:

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import yaml
-from commands import Command, assert_mistake, torchrun
+from commands import Command, torchrun
 from documented import fields_of_table
 from safetensors.torch import load_file, save_file
 
@@ -27,22 +27,8 @@ ALL = "dense, a_shape, tri_shape, vertical_slash, block_sparse, minference"
 
 
 @pytest.fixture
-def out(tmp_path):
-    return tmp_path / "out"
-
-
-@pytest.fixture
-def refused(out, monkeypatch):
-    """Asserts that the command is refused before any model is loaded, and writes nothing."""
-
-    def check(arguments, *parts):
-        before = sorted(out.rglob("*"))
-        monkeypatch.setattr(ModelOptions, "load", None)
-        for extra in ([], ["--dry-run"]):
-            assert_mistake(prefill("--save-dir", out, *arguments, *extra), *parts)
-        assert sorted(out.rglob("*")) == before
-
-    return check
+def command():
+    return prefill
 
 
 def results(out):

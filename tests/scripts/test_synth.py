@@ -20,11 +20,6 @@ def known_ceilings(monkeypatch):
     monkeypatch.setattr(sweeps, "measure_ceilings", lambda device, dtype, rows: Ceilings(10.0, 1.0, 0.5, rows))
 
 
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "out"
-
-
 def test_the_table_goes_to_stdout_and_the_rest_to_stderr(out):
     done = synth(out, "2:5:x2", "8,16", 4, *TINY)
     assert done.status == 0
