@@ -1,7 +1,10 @@
 import io
+import itertools
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -150,12 +153,14 @@ class TestResults:
                 return []
 
         monkeypatch.setitem(METHODS, "own_tokens_only", OwnTokensOnly())
-        # A clock by which the decode steps take a known time: on a tiny model it can be lost in noise.
-        monkeypatch.setattr(synth.CellResult, "decode_step_ms", 1.0)
-        mine = sweep("own_tokens_only", batch_sizes=(2,))
+        # A clock by which all 4 tokens take 4 ms and the first takes 1: on a tiny model the steps can be lost in noise.
+        ticks = itertools.cycle((4.0, 1.0))
+        monkeypatch.setattr(synth, "Timer", lambda device: nullcontext(SimpleNamespace(ms=next(ticks))))
+        mine = sweep("own_tokens_only", batch_sizes=(2,), calc_prefill=False)
         run(mine)
         for result in results(mine).values():
             assert result.status == Status.OK
+            assert (result.decode_ms, result.first_token_ms, result.decode_step_ms) == ((4, 4), (1, 1), 1)
             assert result.roofline_ms > 0 and result.achieved_gbs > 0 and result.achieved_tflops > 0
 
     def test_the_prefill_need_not_be_timed(self, sweep, fake):
