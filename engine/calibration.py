@@ -21,7 +21,7 @@ import torch
 import kernels
 from engine.attention import Auto
 from engine.attention.crossover import ALWAYS, NEVER, Crossover
-from engine.attention.decode_step import one_prompt, plan_decode
+from engine.attention.pass_plan import one_prompt, plan_pass
 from engine.cpu import read_cpu
 from engine.cuda_graphs import capture
 from engine.distributed import TPGroup
@@ -211,7 +211,7 @@ class _Work:
         return Trial(num_queries, length, shared, alone)
 
     def _prepared(self, method: Auto, tree: PrefixTree) -> Callable[[], object]:
-        step = plan_decode(method, tree, _OWN_KEYS, _OWN_KEYS)
+        step = plan_pass(method, tree, _OWN_KEYS, _OWN_KEYS)
         plan = AttentionPlan.of(step.segments, self._device, self._dtype, self._backend)
         queries, scale = self._queries[: tree.num_sequences], self._queries.shape[2] ** -0.5
 

@@ -1,6 +1,6 @@
 """Made-up results of a microbenchmark."""
 
-from engine.bench.micro_results import Row, RowResult
+from engine.bench.micro.micro_results import Row, RowResult
 from engine.bench.result_files import Status
 
 
@@ -12,7 +12,7 @@ def row_result(mode="hydragen", times_ms=(1.0, 1.0, 1.0), operation="", backend=
     sizes |= {name: changes.pop(name) for name in list(changes) if name in sizes}
     sizes["unique_seq_len"] = changes.pop("unique_seq_len", sizes["num_unique"])
     fields = {
-        "row": Row(**sizes, mode=mode, operation=operation, backend=backend),
+        "row": Row(**sizes, mode=mode, method=changes.pop("method", ""), operation=operation, backend=backend),
         "status": Status.OK,
         "seed": 0,
         "environment": {"device": "cpu", "device_name": "a CPU", "dtype": "bfloat16"} | changes.pop("env", {}),
@@ -27,3 +27,16 @@ def row_result(mode="hydragen", times_ms=(1.0, 1.0, 1.0), operation="", backend=
         "sweep": "results/a",
     } | changes
     return RowResult(**fields)
+
+
+def operation_result(name, *times, backend="", backends=(), **changes):
+    return row_result("operations", times, name, backend, backends=backends, **changes)
+
+
+PARTS_OF_A_STEP = [
+    operation_result("attention_shared", 4.0, backend="aten", backends=("aten",)),
+    operation_result("attention_shared", 2.0, backend="simd", backends=("simd",)),
+    operation_result("attention_own", 1.0, backend="simd", backends=("simd",)),
+    operation_result("attention_own", 3.0, backend="aten", backends=("aten",)),
+    operation_result("merge", 0.5),
+]

@@ -24,8 +24,8 @@ from rich.table import Table
 from rich.text import Text
 
 from engine.bench.gpu_work import NEEDLE_DTYPES, RESULTS, SIZES, Grid, MicroGrid
-from engine.bench.micro_report import MicroRow, build_micro_rows, micro_findings
-from engine.bench.micro_results import FILES, Sizes
+from engine.bench.micro.micro_report import MicroRow, build_micro_rows, micro_findings
+from engine.bench.micro.micro_results import FILES, Sizes
 from engine.bench.needles.needle_report import NeedlesRow, build_needle_rows
 from engine.bench.needles.needle_results import NEEDLE_FILES
 from engine.bench.results import CellResult, Status, read_results

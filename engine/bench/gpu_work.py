@@ -14,8 +14,9 @@ import torch
 
 from engine.attention import METHODS
 from engine.bench.environment import Execution, describe_environment
-from engine.bench.micro_results import Sizes
-from engine.bench.microbenchmark import MicroSweep, run_microbenchmark
+from engine.bench.micro.micro_results import Sizes
+from engine.bench.micro.micro_settings import MicroSweep
+from engine.bench.micro.micro_sweep import run_microbenchmark
 from engine.bench.modes import ModelOptions, check_mode
 from engine.bench.needles.run import run_needles
 from engine.bench.needles.settings import SHIPPED_MODEL, Settings

@@ -42,5 +42,13 @@ class Ratio:
 
     @property
     def text(self) -> str:
+        """With two decimals."""
+        return self.formatted(".2f")
+
+    def formatted(self, spec: str) -> str:
         """``~`` before one of separate runs, ``!`` after one with a high spread."""
-        return f"{'' if self.same_run else '~'}{self.value:.2f}{' !' if self.high_spread else ''}"
+        return f"{'' if self.same_run else '~'}{self.value:{spec}}{' !' if self.high_spread else ''}"
+
+    @property
+    def words(self) -> str:
+        return f"{self.text} (spread {'-' if self.spread is None else format(self.spread, '.0%')})"

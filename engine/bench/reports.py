@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.bench.micro_report import build_micro_rows, plot_micro, print_micro_tables, write_micro_csv
-from engine.bench.micro_results import FILES
+from engine.bench.micro.micro_report import build_micro_rows, plot_micro, print_micro_tables, write_micro_csv
+from engine.bench.micro.micro_results import FILES
+from engine.bench.micro.sparse_report import build_sparse_rows, plot_sparse, print_sparse_tables, write_sparse_csv
 from engine.bench.needles.needle_report import build_needle_rows, plot_needles, print_needle_tables, write_needle_csv
 from engine.bench.needles.needle_results import NEEDLE_FILES
 from engine.bench.needles.passkey_report import plot_passkeys, print_passkey_tables, write_passkey_csv
@@ -48,6 +49,14 @@ _KINDS = (
         print_micro_tables,
         write_micro_csv,
         plot_micro,
+    ),
+    _Kind(
+        "microbenchmark.py --mode prefill",
+        "microbenchmark_prefill",
+        lambda *a: build_sparse_rows(FILES.read_all(*a)),
+        print_sparse_tables,
+        write_sparse_csv,
+        plot_sparse,
     ),
     _Kind(
         "needles.py",

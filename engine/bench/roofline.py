@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from engine.attention import AttentionMethod
-from engine.attention.decode_step import count_keys, plan_decode
+from engine.attention.pass_plan import count_keys, plan_pass
 from engine.bench.streamed_buffer import StreamedBuffer
 from engine.bench.timing import Timer
 from engine.config import ModelConfig
@@ -93,7 +93,7 @@ def _count_keys(
 def _planned_keys(
     method: AttentionMethod, tree: PrefixTree, unique_len: int, window: int | None
 ) -> tuple[int, int]:
-    segments = plan_decode(method, tree, unique_len, max(unique_len, 1)).segments
+    segments = plan_pass(method, tree, unique_len, max(unique_len, 1)).segments
     if window is not None:
         q_positions = tree.table.suffix_position + unique_len - 1
         segments = [part for segment in segments for part in within_window(segment, q_positions, window)]

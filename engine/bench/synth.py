@@ -15,7 +15,7 @@ from rich.table import Table
 from engine.arena import fits_beside
 from engine.attention import METHODS, Auto, get_method
 from engine.attention.crossover import NEVER
-from engine.attention.decode_step import one_prompt
+from engine.attention.pass_plan import one_prompt
 from engine.bench.environment import Execution, describe_environment, describe_execution
 from engine.bench.memory_model import Footprint, footprint
 from engine.bench.modes import Mode, ModelOptions, make_mode, make_prompt

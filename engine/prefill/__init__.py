@@ -1,10 +1,19 @@
 """How prompts are read: with all of attention, or with a sparse pattern for each head. Decoding is another matter."""
 
 from engine.prefill.head_config import get_support_models
-from engine.prefill.method import DENSE, PREFILL_METHODS, PrefillMethod, check_prefill, parse_prefill
+from engine.prefill.method import (
+    DENSE,
+    DENSE_BELOW,
+    MINFERENCE,
+    PREFILL_METHODS,
+    PrefillMethod,
+    check_prefill,
+    method_order,
+    parse_prefill,
+)
 from engine.prefill.sparse import SparsePrefill
 
 __all__ = [
-    "DENSE", "PREFILL_METHODS", "PrefillMethod", "SparsePrefill", "check_prefill", "get_support_models",
-    "parse_prefill",
+    "DENSE", "DENSE_BELOW", "MINFERENCE", "PREFILL_METHODS", "PrefillMethod", "SparsePrefill", "check_prefill",
+    "get_support_models", "method_order", "parse_prefill",
 ]  # fmt: skip

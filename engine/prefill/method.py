@@ -85,6 +85,12 @@ class PrefillMethod:
         return found
 
 
+def method_order(text: str) -> tuple[object, ...]:
+    """A key to sort methods by: as the registry has them, then those it has not."""
+    name = text.partition(":")[0]
+    return (PREFILL_METHODS.index(name) if name in PREFILL_METHODS else len(PREFILL_METHODS), text)
+
+
 def check_prefill(text: str | None, model_name: str, config: ModelConfig) -> None:
     """Raises InputError for what names no method, or one that does not fit the model: before weights are loaded."""
     method = parse_prefill(text)

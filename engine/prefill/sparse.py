@@ -18,7 +18,7 @@ from engine.prefill.head_config import HeadPatterns
 from engine.prefill.method import PrefillMethod
 from engine.prefix_tree import PrefixTree
 from kernels import Backend
-from kernels.sparse import SparseIndex, SparsePlan, SparseRows, lower, num_pairs, num_seen
+from kernels.sparse import SparseIndex, SparsePlan, SparseRows, lower, num_pairs, num_seen, predicted_index_bytes
 
 
 class SparsePrefill:
@@ -65,10 +65,18 @@ class SparsePrefill:
         is_short = runs.num_new < self._dense_below
         if placement.keeps is Keeps.NOTHING or is_short.all():
             return None
-        rows = SparseRows(
-            runs.q_offsets, runs.positions + runs.own_lens - runs.num_new, *_pieces(tree, placement, runs)
-        )
-        return SparsePrefillPlan(self._heads, SparsePlan(rows, device, dtype, backend), is_short, self._density)
+        plan = SparsePlan(sparse_rows(tree, placement, runs), device, dtype, backend)
+        return SparsePrefillPlan(self._heads, plan, is_short, self._density)
+
+    def index_bytes(
+        self, num_new: np.ndarray, num_keys: np.ndarray, num_kv_heads: int, head_dim: int, device: torch.device
+    ) -> int:
+        """The most that the masks of one forward pass take on this rank: ``num_new`` (R,) tokens, the last of
+        ``num_keys`` (R,)."""
+        if (num_new < self._dense_below).all():
+            return 0
+        sizes = (num_new, num_keys, num_kv_heads, head_dim, device)
+        return max(predicted_index_bytes(layer, *sizes) for layer in set(self._heads))
 
 
 class SparsePrefillPlan:
@@ -110,6 +118,12 @@ class Density:
         of_ranks = group.gather_objects(self.by_layer)
         layers = [sum(parts, []) for parts in zip(*of_ranks, strict=True)]
         return tuple(sum(layer) / len(layer) for layer in layers if layer)
+
+
+def sparse_rows(tree: PrefixTree, placement: Placement, runs: Runs) -> SparseRows:
+    """The new tokens of ``runs``, and where the keys before them lie."""
+    first = runs.positions + runs.own_lens - runs.num_new
+    return SparseRows(runs.q_offsets, first, *_pieces(tree, placement, runs))
 
 
 def _pieces(tree: PrefixTree, placement: Placement, runs: Runs) -> tuple[np.ndarray, np.ndarray]:

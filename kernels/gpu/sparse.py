@@ -139,7 +139,7 @@ def _attend_sparse(
                 at, until = tl.where(is_columns, 0, at), tl.where(is_columns, has_columns.to(tl.int32), until)
                 place = tl.where(is_range & (from_distance > tile), last_range - 1, place)
             is_columns = (place >= last_listed) & (place < last_columns)
-            column_place = (place - last_listed) * BLOCK_N + in_block
+            column_place = tl.maximum(place - last_listed, 0) * BLOCK_N + in_block
             num_left = tl.where(is_columns, num_columns, 0)
             column = tl.load(columns + column_place, mask=column_place < num_left, other=2**31 - 1)
             distance = tile - column // _TILE

@@ -36,7 +36,7 @@ def estimate_vertical_slash(
     N, group = sum(map(len, k_pieces)), q_QHD.shape[1] // k_pieces[0].shape[1]
     q_HLD = q_QHD[-LAST_QUERIES:][:, heads].transpose(0, 1)
     L, columns, distances = q_HLD.shape[1], [], []
-    at_once = min(len(heads), max(1, _max_bytes(q_HLD.device) // (4 * L * N)))
+    at_once = min(len(heads), max(1, max_bytes(q_HLD.device) // (4 * L * N)))
     room = torch.empty(at_once, L, N, dtype=torch.float32, device=q_HLD.device)
     for first in range(0, len(heads), at_once):
         part = slice(first, first + at_once)
@@ -57,23 +57,31 @@ def _sums(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention probabilities of the last queries added up by key, ``(H, N)``, and by distance from the query,
     ``(H, N)``, float32. ``room`` is for the probabilities: memory that is new for every head costs more than they."""
-    (H, L, _), N, dtype = q_HLD.shape, room_HLN.shape[2], _product_dtype(q_HLD)
+    (H, L, _), N = q_HLD.shape, room_HLN.shape[2]
     first = 0
     while first < H:  # heads of one group are one product
         end = first + 1
         while end < H and kv_heads[end] == kv_heads[first]:
             end += 1
-        queries = q_HLD[first:end].to(dtype).flatten(0, 1)
-        parts = [queries @ piece[:, kv_heads[first]].to(dtype).T for piece in k_pieces]
-        scores = (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).unflatten(0, (-1, L)).mul_(scale)
-        scores[..., N - L :].masked_fill_(_behind(L, scores.device), float("-inf"))
+        scores = _scores(q_HLD[first:end], [piece[:, kv_heads[first]] for piece in k_pieces], scale)
         torch.softmax(scores, -1, dtype=torch.float32, out=room_HLN[first:end])
+        del scores  # before the next ones are made
         first = end
     # One key further along for each query: what stands in column j of this view is at the distance N - L - j.
     along = room_HLN.as_strided((H, L, N - L + 1), (L * N, N + 1, 1))
     # Distances that not all of the queries have are those of the first keys.
     by_distance = torch.cat([along.sum(1).flip(-1), _below_diagonal(room_HLN[..., :L])], -1)
     return room_HLN.sum(1), by_distance
+
+
+def _scores(q_HLD: torch.Tensor, k_pieces_ND: Sequence[torch.Tensor], scale: float) -> torch.Tensor:
+    """``(H, L, N)`` of the heads of one group, causal."""
+    L, dtype = q_HLD.shape[1], _product_dtype(q_HLD)
+    queries = q_HLD.to(dtype).flatten(0, 1)
+    parts = [queries @ piece.to(dtype).T for piece in k_pieces_ND]
+    scores = (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).unflatten(0, (-1, L)).mul_(scale)
+    scores[..., -L:].masked_fill_(_behind(L, scores.device), float("-inf"))
+    return scores
 
 
 def _behind(L: int, device: torch.device) -> torch.Tensor:
@@ -88,7 +96,7 @@ def _product_dtype(q: torch.Tensor) -> torch.dtype:
     return torch.float32 if is_slow else q.dtype
 
 
-def _max_bytes(device: torch.device) -> int:
+def max_bytes(device: torch.device) -> int:
     """Of probabilities at a time: on a CPU what its caches hold."""
     return 16 * 2**20 if device.type == "cpu" else 256 * 2**20
 
@@ -126,7 +134,7 @@ def estimate_tiles(
     tiles = torch.full((len(heads), num_keys - first_tile, max(sizes)), NOTHING, dtype=torch.int32, device=q_QHD.device)
     queries_MHD, keys_MHD = _means([q_QHD], N - Q), _means(k_pieces, 0)
     key_tile = torch.arange(num_keys, device=q_QHD.device)
-    at_once = max(1, _max_bytes(q_QHD.device) // (4 * num_keys))
+    at_once = max(1, max_bytes(q_QHD.device) // (4 * num_keys))
     for number, (head, size) in enumerate(zip(heads, sizes, strict=True)):
         queries, keys = queries_MHD[:, head], keys_MHD[:, head // group]
         for first in range(0, len(queries), at_once):

@@ -8,8 +8,8 @@ from fuzz.harness import for_cases, fuzz
 from hypothesis import strategies as st
 from rows import row_result
 
-from engine.bench.micro_report import build_micro_rows
-from engine.bench.micro_results import FILES
+from engine.bench.micro.micro_report import build_micro_rows
+from engine.bench.micro.micro_results import FILES
 from engine.bench.results import Cell, CellResult, Status, is_finished, read_results, write_cell
 from engine.errors import InputError
 

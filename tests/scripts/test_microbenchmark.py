@@ -1,13 +1,11 @@
-"""What the command adds to ``engine.bench.microbenchmark``, and mistakes in its arguments."""
+"""What the command adds to ``engine.bench.micro``, and mistakes in its arguments."""
 
 import pytest
 from commands import Command, assert_mistake, torchrun
+from micro_machine import set_machine
 
-from engine.attention.crossover import ALWAYS
-from engine.bench import microbenchmark as sweeps
-from engine.bench.cache_flush import CacheFlush
-from engine.bench.micro_results import FILES
-from engine.bench.roofline import Ceilings
+from engine.bench.micro import decode_operations, prefill_operations
+from engine.bench.micro.micro_results import FILES
 
 micro = Command("scripts/microbenchmark.py")
 TINY = (
@@ -17,9 +15,7 @@ TINY = (
 
 @pytest.fixture(autouse=True)
 def known_machine(monkeypatch):
-    monkeypatch.setattr(sweeps, "measure_ceilings", lambda device, dtype: Ceilings(10.0, 1.0, 0.5, 64))
-    monkeypatch.setattr(sweeps, "CacheFlush", lambda device: CacheFlush(device, cache_bytes=1 << 10))
-    monkeypatch.setattr(sweeps, "_crossover", lambda *setting: ALWAYS)
+    set_machine(monkeypatch)
 
 
 def test_the_table_goes_to_stdout_and_the_rest_to_stderr(out):
@@ -67,6 +63,44 @@ def test_operations(out):
     assert "times as long as the best calls of its parts" in done.stdout
 
 
+PREFILL = ("--mode", "prefill", "--prefill", "dense,a_shape:n_init=1:n_local=1,block_sparse:num_blocks=1")
+
+
+def test_prefill(out):
+    done = micro(out, 2, "0,8", "200,256", *TINY, *PREFILL)
+    assert done.status == 0, done.stderr
+    title, *_, last = done.stdout.splitlines()
+    assert title.startswith("Attention of one layer where prompts are read, 4/2 heads of 8, bfloat16 on ")
+    assert last == f"Results are in {out}. To plot them: python scripts/report.py {out}"
+    results = FILES.read_all([out])
+    assert len(results) == 4 * 5  # dense has no index
+    assert {(r.row.method, r.row.operation) for r in results if r.density == 1} == {("dense", "attention")}
+    assert done.stderr.splitlines()[0].startswith("dense attention, batch 2, shared 0, unique 70, 4/2 heads of 8: ")
+    again = micro(out, 2, "0,8", "200,256", *TINY, *PREFILL)
+    assert again.stderr == f"4 of 4 sizes have results in {out} and are skipped.\n"
+    assert again.stdout == done.stdout
+    # One more method times all of them anew, turn by turn.
+    more = micro(out, 2, 8, 256, *TINY, "--mode", "prefill", "--prefill", f"{PREFILL[3]},tri_shape:n_local=1:n_last=1")
+    assert len(FILES.read_all([out])) == 4 * 5 + 2 and "~" not in more.stdout.partition("tri_shape")[2]
+    assert [line.split()[0] for line in more.stderr.splitlines()].count("dense") == 1
+
+
+def test_prefill_by_default_and_with_a_backend(out):
+    done = micro(out, 1, 0, 65, *TINY, "--mode", "prefill", "--backend", "aten")
+    assert done.status == 0, done.stderr
+    results = FILES.read_all([out])
+    assert {r.row.method for r in results} == {"dense", "a_shape", "tri_shape", "vertical_slash", "block_sparse"}
+    assert {r.backends for r in results if r.row.operation == "attention"} == {("aten",)}
+    assert ", by aten, " in done.stdout
+
+
+def test_a_dry_run_of_prefill_does_nothing(out, monkeypatch):
+    monkeypatch.setattr(prefill_operations, "PrefillWorkload", None)
+    done = micro(out, 1, "0,8", 128, *TINY, *PREFILL, "--dry-run")
+    assert (done.status, done.stderr, out.exists()) == (0, "", False)
+    assert done.stdout.count("to be run") == 10
+
+
 def test_without_saving(out):
     done = micro(out, 2, 8, 4, *TINY, "--no-save")
     assert (done.status, out.exists()) == (0, False)
@@ -74,7 +108,7 @@ def test_without_saving(out):
 
 
 def test_a_dry_run_does_nothing(out, monkeypatch):
-    monkeypatch.setattr(sweeps, "DecodeWorkload", None)
+    monkeypatch.setattr(decode_operations, "DecodeWorkload", None)
     done = micro(out, "2,4", 8, "0:9:4", *TINY, "--dry-run", "--compare", "base")
     assert (done.status, done.stderr, out.exists()) == (0, "", False)
     assert done.stdout.count("to be run") == 12
@@ -96,6 +130,17 @@ def test_a_dry_run_does_nothing(out, monkeypatch):
         (["2", "8", "4", "--mode", "fast"], ["mode 'fast' is not known; accepted: base, hydragen"]),
         (["2", "8", "4", "--compare", "hydragen"], ["mode hydragen was given twice"]),
         (["2", "8", "4", "--compare", "operations"], ["mode 'operations' is not known here"]),
+        (["2", "8", "0:9:4", "--mode", "prefill"], ["NUM_UNIQUE 0 leaves nothing to read in mode prefill"]),
+        (["2", "8", "4", "--compare", "prefill"], ["mode 'prefill' is not known here", "alone: they compare by"]),
+        (["2", "8", "4", "--prefill", "dense"], ["--prefill dense was given in mode hydragen; accepted: in mode pre"]),
+        (["2", "8", "4", *PREFILL[:3], "fast"], ["prefill 'fast' is not known; accepted: dense"]),
+        (["2", "8", "4", *PREFILL[:3], ""], ["prefill '' is not known"]),
+        (["2", "8", "4", *PREFILL[:3], "minference"], ["minference has a pattern for each head", "scripts/prefill.py"]),
+        (["2", "8", "4", *PREFILL[:3], "a_shape:dense_below=1"], ["has the option dense_below", "leave it out"]),
+        (
+            ["2", "8", "4", *PREFILL[:3], "a_shape,a_shape:n_local=4096"],
+            ["--prefill has a_shape and a_shape:n_local=4096, which are the same"],
+        ),
         (["2", "8", "4", "--dtype", "auto"], ["dtype 'auto' is not known; accepted: float32, bfloat16, float16"]),
         (["2", "8", "4", "--backend", "abacus"], ["attention backend 'abacus' cannot run bfloat16 on cpu"]),
         (["2", "8", "4", "--backend", "aten", "--mode", "operations"], ["--backend aten", "leave it out"]),

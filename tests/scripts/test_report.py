@@ -6,7 +6,7 @@ import pytest
 from rows import row_result
 from sweeps import result
 
-from engine.bench.micro_results import FILES
+from engine.bench.micro.micro_results import FILES
 from engine.bench.results import write_cell
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "report.py"

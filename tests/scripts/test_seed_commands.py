@@ -11,11 +11,11 @@ import huggingface_hub
 import pytest
 from checkpoints import save_random
 from commands import Command, assert_mistake
+from micro_machine import set_machine
 
-from engine.bench import microbenchmark, modes
-from engine.bench.cache_flush import CacheFlush
-from engine.bench.micro_results import FILES
-from engine.bench.roofline import Ceilings
+from engine.bench import modes
+from engine.bench.micro import micro_sweep
+from engine.bench.micro.micro_results import FILES
 from engine.presets import find_preset
 from engine.shards import open_shards
 
@@ -187,7 +187,7 @@ MICRO_LINES = [
 @pytest.mark.parametrize("line", MICRO_LINES, ids=lambda line: "-".join(map(str, line)))
 def test_of_the_microbenchmarks(line, tmp_path, monkeypatch):
     mode, batch_size, num_shared, num_unique = line
-    monkeypatch.setattr(microbenchmark, "available_bytes", lambda group: 40 * 10**9)  # the figures' GPUs have as much
+    monkeypatch.setattr(micro_sweep, "available_bytes", lambda group: 40 * 10**9)  # the figures' GPUs have as much
     done = micro(tmp_path / "microbenchmarks", batch_size, num_shared, num_unique, "--mode", mode, "--dry-run")
     assert (done.status, done.stderr) == (0, "")
     lengths = UNIQUE if ":" in num_unique else [int(num_unique)]
@@ -197,8 +197,7 @@ def test_of_the_microbenchmarks(line, tmp_path, monkeypatch):
 
 def test_of_the_microbenchmarks_in_one_directory_and_process(tmp_path, monkeypatch):
     """The last of them took a process for each length, as the first run left no memory to the second."""
-    monkeypatch.setattr(microbenchmark, "measure_ceilings", lambda device, dtype: Ceilings(10.0, 1.0, 0.5, 64))
-    monkeypatch.setattr(microbenchmark, "CacheFlush", lambda device: CacheFlush(device, cache_bytes=1 << 10))
+    set_machine(monkeypatch)
     outdir = tmp_path / "microbenchmarks"
     for mode, batch_size, num_shared, _ in MICRO_LINES[:8]:
         smaller = (outdir, batch_size // 256, num_shared // 256, "0:17:16", "--mode", mode, "--num-iters", 1)

@@ -13,7 +13,7 @@ from engine.bench.report import MISSING, format_number, require_matplotlib, writ
 from engine.bench.result_files import Status
 from engine.bench.timing import HIGH_SPREAD
 from engine.files import write_whole
-from engine.prefill import DENSE, PREFILL_METHODS
+from engine.prefill import DENSE, method_order
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,12 +37,6 @@ def build_prefill_rows(results: Iterable[PrefillResult]) -> list[PrefillRow]:
 def prefill_settings(rows: Sequence[PrefillRow]) -> list[list[PrefillRow]]:
     """The rows of each table and panel. Rows are ordered by setting."""
     return [list(group) for _, group in groupby(rows, key=lambda row: _setting(row.result))]
-
-
-def method_order(text: str) -> tuple[object, ...]:
-    """Dense first, then the others as the registry has them, then those it has not."""
-    name = text.partition(":")[0]
-    return (PREFILL_METHODS.index(name) if name in PREFILL_METHODS else len(PREFILL_METHODS), text)
 
 
 def prefill_title(result: PrefillResult) -> str:

@@ -26,7 +26,7 @@ from engine.bench.gpu_check import (
     run_sections,
 )  # fmt: skip
 from engine.bench.gpu_work import NEEDLE_DTYPES, SIZES, Grid, MicroGrid
-from engine.bench.micro_results import FILES
+from engine.bench.micro.micro_results import FILES
 from engine.bench.result_files import Status
 
 QUIET = Console(quiet=True)

@@ -5,8 +5,8 @@ import torch
 
 from engine.attention import METHODS, Auto
 from engine.attention.crossover import ALWAYS, NEVER
-from engine.attention.decode_step import one_prompt
 from engine.attention.hydragen import Hydragen
+from engine.attention.pass_plan import one_prompt
 from engine.bench.roofline import Ceilings, Cost, decode_step_cost, measure_ceilings, predict_ms
 from engine.prefix_tree import build_from_levels
 from engine.presets import find_preset

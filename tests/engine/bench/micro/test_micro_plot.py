@@ -5,8 +5,8 @@ pytest.importorskip("matplotlib")
 from drawn import keep_figures  # noqa: E402
 from rows import row_result  # noqa: E402
 
-from engine.bench.micro_plot import draw_micro  # noqa: E402
-from engine.bench.micro_report import build_micro_rows, plot_micro  # noqa: E402
+from engine.bench.micro.micro_plot import draw_micro  # noqa: E402
+from engine.bench.micro.micro_report import build_micro_rows, plot_micro  # noqa: E402
 
 
 @pytest.fixture

@@ -13,9 +13,16 @@ from typing import Any
 from engine.bench.result_files import Kind, ResultFiles, Status
 from engine.bench.timing import HIGH_SPREAD, summarize
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
-OPERATIONS_MODE = "operations"
+OPERATIONS_MODE, PREFILL_MODE = "operations", "prefill"
+
+
+class PrefillPart(StrEnum):
+    """What is timed of a method in mode ``prefill``."""
+
+    ATTENTION = "attention"  # with an index that is there already
+    INDEX = "index"  # the making of it
 
 
 class TimedWith(StrEnum):
@@ -26,9 +33,9 @@ class TimedWith(StrEnum):
 
 @dataclass(frozen=True, order=True)
 class Sizes:
-    """Of the attention of one layer in one decode step. Lengths are in keys."""
+    """Of the attention of one layer in one decode step, or where prompts are read. Lengths are in keys."""
 
-    batch_size: int  # sequences, of one query token each
+    batch_size: int  # sequences; of one query token each in a decode step, else of as many as they have unique keys
     num_shared: int  # keys that all sequences share
     num_unique: int  # keys that each sequence has room for besides
     unique_seq_len: int  # of these, those in use
@@ -64,14 +71,16 @@ class Sizes:
 
 @dataclass(frozen=True, order=True)
 class Row(Sizes):
-    """What is timed at these sizes: the whole attention as ``mode`` plans it, or one operation of ``operations``."""
+    """What is timed at these sizes: the whole attention as ``mode`` plans it, or one operation of ``operations`` or
+    ``prefill``."""
 
     mode: str
-    operation: str = ""  # of mode operations
+    method: str = ""  # of mode prefill: the prefill method, with its options
+    operation: str = ""  # of modes operations and prefill
     backend: str = ""  # the one that was asked for; empty: the best there is, as the engine chooses
 
     def path(self, outdir: Path) -> Path:
-        parts = [self.name, *(part for part in (self.operation, self.backend) if part)]
+        parts = [self.name, *(part for part in (self.method, self.operation, self.backend) if part)]
         return outdir / self.mode / f"{'_'.join(parts)}.yaml"
 
     @property
@@ -81,7 +90,8 @@ class Row(Sizes):
     @property
     def label(self) -> str:
         """What is timed, in words."""
-        return " ".join(part for part in (self.operation or self.mode, self.backend) if part)
+        parts = (self.method, self.operation) if self.operation else (self.mode,)
+        return " ".join(part for part in (*parts, self.backend) if part)
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,7 @@ class RowResult:
     timed_with: TimedWith = TimedWith.CLOCK
     backends: Sequence[str] = ()  # what ran, segment by segment
     choice: str | None = None  # of a mode that chooses: "shared" or "unshared"
+    density: float | None = None  # of mode prefill: pairs of a query and a key that are looked at, of all that may be
     run: str = ""  # rows of one run and one size took turns: their i-th times are of the same round
     read_gbs: float | None = None  # 10^9 bytes/s that this machine reads at most, as measured in this run
     matmul_tflops: float | None = None  # 10^12 FLOP/s of large matrix products, likewise

@@ -7,8 +7,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from engine.bench.cache_flush import CacheFlush
-from engine.bench.micro_results import TimedWith
+from engine.bench.micro.cache_flush import CacheFlush
+from engine.bench.micro.micro_results import TimedWith
 from engine.cuda_graphs import capture
 from engine.memory import is_out_of_memory
 

@@ -7,27 +7,26 @@ import pytest
 import torch
 import yaml
 from documented import fields_of_table
+from micro_machine import set_machine
 from rich.console import Console
 
 from engine.arena import fits_beside
 from engine.attention.crossover import ALWAYS, NEVER
-from engine.bench import microbenchmark
-from engine.bench.cache_flush import CacheFlush
-from engine.bench.decode_workload import MODES
-from engine.bench.micro_results import FILES, Sizes, TimedWith
-from engine.bench.microbenchmark import (
+from engine.bench.micro import decode_operations, micro_sweep, subjects
+from engine.bench.micro.decode_operations import Ready, whole_attention
+from engine.bench.micro.decode_workload import MODES
+from engine.bench.micro.micro_results import FILES, Sizes, TimedWith
+from engine.bench.micro.micro_settings import (
     MicroSweep,
     make_grid,
     parse_backend,
     parse_dtype,
     parse_modes,
-    print_plan,
-    run_microbenchmark,
-    subjects_of,
 )
-from engine.bench.operations import Call, whole_attention
+from engine.bench.micro.micro_sweep import print_plan, run_microbenchmark
+from engine.bench.micro.operation import Memory
+from engine.bench.micro.subjects import subjects_of
 from engine.bench.result_files import Status
-from engine.bench.roofline import Ceilings
 from engine.distributed import TPGroup
 from engine.errors import InputError
 from kernels import Backend
@@ -39,10 +38,7 @@ GRID = make_grid(("hydragen",), (2, 3), (8,), (0, 4), (4,), (2,), (8,))
 
 @pytest.fixture(autouse=True)
 def known_machine(monkeypatch):
-    """Measuring its ceilings, and flushing its caches, takes longer than a tiny row."""
-    monkeypatch.setattr(microbenchmark, "measure_ceilings", lambda device, dtype: Ceilings(10.0, 1.0, 0.5, 64))
-    monkeypatch.setattr(microbenchmark, "CacheFlush", lambda device: CacheFlush(device, cache_bytes=1 << 10))
-    monkeypatch.setattr(microbenchmark, "_crossover", lambda *setting: ALWAYS)
+    set_machine(monkeypatch)
 
 
 @pytest.fixture
@@ -102,12 +98,12 @@ class TestArguments:
         assert parse_modes("hydragen", "base") == ("hydragen", "base")
         assert parse_modes("operations", None) == ("operations",)
         for mode, compare, problem in (
-            ("fast", None, "mode 'fast' is not known; accepted: base, hydragen, auto"),
+            ("fast", None, "mode 'fast' is not known; accepted: base, hydragen, auto, operations, prefill"),
             ("", None, "mode '' is not known"),
             ("base", "", "mode '' is not known here"),
             ("base", "hydragen,base", "mode base was given twice"),
             ("operations", "base", "mode 'operations' is not known here; accepted: base, hydragen, auto"),
-            ("base", "operations", "operations alone: it compares by itself"),
+            ("base", "operations", "operations and prefill alone: they compare by themselves"),
         ):
             with pytest.raises(InputError, match=re.escape(problem)):
                 parse_modes(mode, compare)
@@ -174,13 +170,13 @@ class TestRows:
         def watched(mode, crossover):
             operation = actual(mode, crossover)
 
-            def make(workload, backend):
-                call = operation.make(workload, backend)
-                return replace(call, run=lambda: (order.append(mode), call.run()))
+            def prepare(workload, backend):
+                ready = operation.prepare(workload, backend)
+                return replace(ready, run=lambda: (order.append(mode), ready.run()))
 
-            return replace(operation, make=make)
+            return replace(operation, prepare=prepare)
 
-        monkeypatch.setattr(microbenchmark, "whole_attention", watched)
+        monkeypatch.setattr(subjects, "whole_attention", watched)
         results, _ = run(replace(sweep, modes=("hydragen", "base"), grid=GRID[:1]))
         # The first call of each, one round before, two that count.
         assert [set(order[i : i + 2]) for i in range(0, 8, 2)] == [{"hydragen", "base"}] * 4 and len(order) == 8
@@ -192,7 +188,7 @@ class TestRows:
     @pytest.mark.parametrize(("crossover", "choice"), [(ALWAYS, "shared"), (NEVER, "unshared")])
     def test_auto_asks_for_its_setting_and_says_what_it_chose(self, sweep, monkeypatch, crossover, choice):
         asked = []
-        monkeypatch.setattr(microbenchmark, "_crossover", lambda *setting: asked.append(setting) or crossover)
+        monkeypatch.setattr(subjects, "_crossover", lambda *setting: asked.append(setting) or crossover)
         run(replace(sweep, modes=("base",)))
         assert asked == []
         results, _ = run(replace(sweep, modes=("auto", "hydragen"), grid=GRID[:1], backend=Backend.ATEN))
@@ -226,7 +222,7 @@ class TestRows:
         assert "this machine reads at 10.0 GB/s and multiplies at 1.000 TFLOP/s" in printed
 
     def test_numbers_that_time_decides(self, sweep, monkeypatch):
-        monkeypatch.setattr(microbenchmark, "BUDGET_S", 0.0)
+        monkeypatch.setattr(micro_sweep, "BUDGET_S", 0.0)
         results, _ = run(replace(sweep, num_iters=None, num_warmup=None))
         assert {(len(result.times_ms), result.num_warmup) for result in results} == {(5, 1)}
 
@@ -237,7 +233,7 @@ def _hashable(result):
 
 class TestMemory:
     def test_what_does_not_fit_is_recorded_and_the_rest_goes_on(self, sweep, monkeypatch):
-        monkeypatch.setattr(microbenchmark, "available_bytes", lambda group: 100_000)
+        monkeypatch.setattr(micro_sweep, "available_bytes", lambda group: 100_000)
         huge = replace(GRID[0], batch_size=2**31 - 1, num_shared=2**31 - 1)
         results, printed = run(replace(sweep, grid=(huge, *GRID)))
         assert [result.status for result in results] == [Status.DOES_NOT_FIT] + [Status.OK] * 4
@@ -249,10 +245,10 @@ class TestMemory:
     def test_one_of_two_that_take_turns(self, sweep, monkeypatch):
         one = replace(GRID[1], batch_size=64, num_shared=64)
         both = replace(sweep, modes=("base", "hydragen"), grid=(one,))
-        subjects = subjects_of(both, one, CPU)
-        needed = [microbenchmark.memory_of([(s.operation, None)], one, sweep.dtype) for s in subjects]
+        found = subjects_of(both, one, CPU)
+        needed = [Memory.together([s.operation.needs(one, sweep.dtype, None)]) for s in found]
         enough = next(n for n in range(0, 10**7, 1000) if fits_beside(n, needed[0].arenas, needed[0].others))
-        monkeypatch.setattr(microbenchmark, "available_bytes", lambda group: enough)
+        monkeypatch.setattr(micro_sweep, "available_bytes", lambda group: enough)
         assert [row[-1] for row in plan(replace(both, modes=("base",)))] == ["to be run"]
         assert [row[-1] for row in plan(both)] == ["does not fit", "to be run"]
         results, _ = run(both)
@@ -263,7 +259,7 @@ class TestMemory:
         actual = whole_attention
 
         def failing(mode, crossover):
-            def make(workload, backend):
+            def prepare(workload, backend):
                 calls = []
 
                 def call():
@@ -273,11 +269,11 @@ class TestMemory:
 
                 if when == "make" and workload.sizes == GRID[1]:
                     raise OUT_OF_MEMORY
-                return Call(call)
+                return Ready(call)
 
-            return replace(actual(mode), make=make)
+            return replace(actual(mode), prepare=prepare)
 
-        monkeypatch.setattr(microbenchmark, "whole_attention", failing)
+        monkeypatch.setattr(subjects, "whole_attention", failing)
         results, _ = run(sweep)
         assert [result.status for result in results] == [
             Status.OK, Status.OUT_OF_MEMORY, Status.OK, Status.OK
@@ -287,12 +283,12 @@ class TestMemory:
 
     def test_another_failure_is_one(self, sweep, monkeypatch):
         def failing(mode, crossover):
-            def make(workload, backend):
+            def prepare(workload, backend):
                 raise RuntimeError("an index is out of range")
 
-            return replace(whole_attention(mode), make=make)
+            return replace(whole_attention(mode), prepare=prepare)
 
-        monkeypatch.setattr(microbenchmark, "whole_attention", failing)
+        monkeypatch.setattr(subjects, "whole_attention", failing)
         with pytest.raises(RuntimeError, match="out of range"):
             run(sweep)
         assert not sweep.outdir.exists()
@@ -302,7 +298,7 @@ class TestMemory:
         import weakref
 
         made = []
-        workload = microbenchmark.DecodeWorkload
+        workload = decode_operations.DecodeWorkload
 
         def make(*arguments):
             gc.disable()  # freed by reference counts alone, at once
@@ -311,7 +307,7 @@ class TestMemory:
             made.append(weakref.ref(one))
             return one
 
-        monkeypatch.setattr(microbenchmark, "DecodeWorkload", make)
+        monkeypatch.setattr(decode_operations, "DecodeWorkload", make)
         try:
             run(replace(sweep, modes=("hydragen", "base")))
         finally:
@@ -321,7 +317,7 @@ class TestMemory:
 
 class TestPlan:
     def test_every_row_and_nothing_is_made(self, sweep, monkeypatch):
-        monkeypatch.setattr(microbenchmark, "DecodeWorkload", None)
+        monkeypatch.setattr(decode_operations, "DecodeWorkload", None)
         rows = plan(replace(sweep, modes=("hydragen", "base")))
         assert [row[:6] for row in rows[:2]] == [
             ["2", "8", "0", "4/2", "8", "hydragen"], ["2", "8", "0", "4/2", "8", "base"]
@@ -333,7 +329,7 @@ class TestPlan:
         run(replace(sweep, grid=GRID[:2]))
         huge = replace(GRID[0], num_shared=2**31 - 1)
         states = [row[-1] for row in plan(replace(sweep, grid=(*GRID, huge), dtype=torch.bfloat16))]
-        monkeypatch.setattr(microbenchmark, "available_bytes", lambda group: 10**6)
+        monkeypatch.setattr(micro_sweep, "available_bytes", lambda group: 10**6)
         assert states[:4] == ["there already"] * 2 + ["to be run"] * 2
         assert [row[-1] for row in plan(replace(sweep, grid=(huge,)))] == ["does not fit"]
 

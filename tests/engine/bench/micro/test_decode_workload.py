@@ -5,9 +5,10 @@ import torch
 
 from engine.attention import Keeps
 from engine.attention.crossover import ALWAYS, NEVER
-from engine.bench.decode_workload import MODES, DecodeWorkload, choice_of, num_slots, plan_of
-from engine.bench.micro_results import Sizes
-from engine.bench.operations import whole_attention
+from engine.bench.micro.decode_operations import whole_attention
+from engine.bench.micro.decode_workload import MODES, DecodeWorkload, choice_of, plan_of
+from engine.bench.micro.micro_results import Sizes
+from engine.bench.micro.workload import num_slots
 from kernels import Backend
 from kernels.reference import segment_attention
 
@@ -63,7 +64,7 @@ def test_every_mode_computes_the_same_attention(sizes, backend):
     )
     assert expected.abs().min() > 0
     for operation in (*map(whole_attention, MODES), whole_attention("auto", lambda: NEVER)):
-        found = operation.make(workload, backend).run()
+        found = operation.call(workload, backend).run()
         torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -87,6 +88,6 @@ def test_a_mode_that_chooses_says_what(crossover, choice, rows):
     plan = plan_of(SIZES, "auto", crossover)
     assert choice_of(plan.segments) == choice
     assert [segment.num_rows for segment in plan.shared] == [rows]
-    call = whole_attention("auto", lambda: crossover).make(DecodeWorkload(SIZES, CPU, torch.float32, 0), None)
+    call = whole_attention("auto", lambda: crossover).call(DecodeWorkload(SIZES, CPU, torch.float32, 0), None)
     assert call.choice == choice
-    assert whole_attention("hydragen").make(DecodeWorkload(SIZES, CPU, torch.float32, 0), None).choice is None
+    assert whole_attention("hydragen").call(DecodeWorkload(SIZES, CPU, torch.float32, 0), None).choice is None

@@ -6,7 +6,7 @@ import yaml
 from rows import row_result
 from sweeps import result
 
-from engine.bench.micro_results import FILES, Row, TimedWith
+from engine.bench.micro.micro_results import FILES, Row, TimedWith
 from engine.bench.result_files import Status
 from engine.bench.results import read_cell, read_results, write_cell
 from engine.errors import InputError
@@ -69,7 +69,7 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("changes", "problem"),
         [
-            ({"schema_version": 9}, "schema version 9, this program reads 1; delete it and run the row again"),
+            ({"schema_version": 9}, "schema version 9, this program reads 2; delete it and run the row again"),
             ({"kind": "sonnet"}, "kind is 'sonnet'; accepted: throughput, microbenchmark"),
             ({"kind": [1]}, "kind is"),
             ({"timed_with": "sundial"}, "timed_with is 'sundial'"),

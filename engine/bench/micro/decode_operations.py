@@ -1,7 +1,6 @@
 """The operations of a decode step, one entry each: how to call one, what it moves and computes, which backends have it.
 
-Bytes are those that a call must move: each input once and each output once. Keys and values count as often as the
-method reads them. FLOPs count an addition, a multiplication, a division, a square root or an exponential as one.
+Keys and values count as often as the method reads them.
 
 Shapes: B sequences, Hq query heads, Hkv KV heads, D head dimension, I hidden size, F features of the MLP, V vocabulary.
 """
@@ -15,9 +14,11 @@ import torch
 
 from engine.attention import Keeps
 from engine.attention.crossover import ALWAYS, Crossover
-from engine.attention.decode_step import count_keys
-from engine.bench.decode_workload import MODES, DecodeWorkload, choice_of, method_of, num_slots, plan_of
-from engine.bench.micro_results import Sizes
+from engine.attention.pass_plan import count_keys
+from engine.bench.micro.decode_workload import MODES, DecodeWorkload, choice_of, method_of, plan_of
+from engine.bench.micro.micro_results import Sizes
+from engine.bench.micro.operation import Call, Needs, Work
+from engine.bench.micro.workload import num_slots
 from engine.bench.streamed_buffer import StreamedBuffer
 from kernels import AttentionPlan, Backend, Segment, available_backends, available_operations_backends
 from kernels.logit_blocks import BLOCK, block_masses, block_maxima
@@ -44,24 +45,11 @@ def intermediate_size(sizes: Sizes) -> int:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What one call must move, in bytes, and compute."""
-
-    kv_bytes: int  # keys and values read
-    other_bytes: int
-    flops: int
-
-    @property
-    def bytes(self) -> int:
-        return self.kv_bytes + self.other_bytes
-
-
-@dataclass(frozen=True)
-class Call:
-    """An operation with its data, ready to run."""
+class Ready:
+    """A call that can be made, before its work is counted."""
 
     run: Callable[[], Any]
-    backends: tuple[str, ...] = ()  # what it runs, segment by segment
+    backends: tuple[str, ...] = ()
     choice: str | None = None  # as from choice_of
 
 
@@ -85,63 +73,49 @@ def _all_that_run_logits(device: torch.device, dtype: torch.dtype) -> tuple[Back
 
 
 @dataclass(frozen=True)
-class Operation:
+class DecodeOperation:
+    """One of a decode step. Its work follows from the sizes."""
+
     name: str
-    make: Callable[[DecodeWorkload, Backend | None], Call]
+    prepare: Callable[[DecodeWorkload, Backend | None], Ready]
     work: Callable[[Sizes, torch.dtype], Work]
     backends: Callable[[torch.device, torch.dtype], tuple[Backend | None, ...]] = _its_own_choice
     modes: tuple[str, ...] = ()  # whose keys it reads
-    needs: tuple[str, ...] = ()  # sizes that must not be 0
+    requires: tuple[str, ...] = ()  # sizes that must not be 0
     is_row_operation: bool = False  # works on the hidden states: its sizes follow from the heads
 
     def runs(self, sizes: Sizes) -> bool:
-        return all(getattr(sizes, name) for name in self.needs)
+        return all(getattr(sizes, name) for name in self.requires)
 
+    def workload(self, sizes: Sizes, device: torch.device, dtype: torch.dtype, seed: int) -> DecodeWorkload:
+        return DecodeWorkload(sizes, device, dtype, seed)
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes that operations take together."""
+    def call(self, workload: DecodeWorkload, backend: Backend | None) -> Call:
+        ready = self.prepare(workload, backend)
+        return Call(ready.run, self.work(workload.sizes, workload.dtype), ready.backends, ready.choice)
 
-    arenas: int
-    others: int
-
-    @property
-    def total(self) -> int:
-        return self.arenas + self.others
-
-
-def memory_of(operations: list[tuple[Operation, Backend | None]], sizes: Sizes, dtype: torch.dtype) -> Memory:
-    """Predicted from sizes alone. Those that read the same keys share an arena."""
-    slot = 2 * sizes.num_kv_heads * sizes.head_dim
-    keeps = {method_of(mode).keeps for operation, _ in operations for mode in operation.modes}
-    slots = {one: num_slots(sizes, one) for one in keeps}
-    tables = _PLAN_BYTES * (sizes.batch_size + sizes.num_shared)
-    others = sum(_TEMPORARIES * _tensor_bytes(operation, sizes, dtype) for operation, _ in operations)
-    copied = [  # the reference computes in float32, in copies of the whole arena
-        slots[method_of(mode).keeps]
-        for operation, backend in operations
-        for mode in operation.modes
-        if backend == Backend.REFERENCE
-    ]
-    return Memory(sum(slots.values()) * slot * dtype.itemsize, tables + others + max(copied, default=0) * slot * _F32)
-
-
-def _tensor_bytes(operation: Operation, sizes: Sizes, dtype: torch.dtype) -> int:
-    """Of inputs and outputs other than keys and values."""
-    return _state_bytes(sizes) + _q_bytes(sizes, dtype) if operation.modes else operation.work(sizes, dtype).other_bytes
+    def needs(self, sizes: Sizes, dtype: torch.dtype, backend: Backend | None) -> Needs:
+        slot = 2 * sizes.num_kv_heads * sizes.head_dim
+        slots = {keeps: num_slots(sizes, keeps) for keeps in (method_of(mode).keeps for mode in self.modes)}
+        tables = _PLAN_BYTES * (sizes.batch_size + sizes.num_shared)
+        tensors = _state_bytes(sizes) + _q_bytes(sizes, dtype) if self.modes else self.work(sizes, dtype).other_bytes
+        # The reference computes in float32, in copies of the whole arena.
+        copied = sum(slots.values()) * slot * _F32 if backend == Backend.REFERENCE else 0
+        arenas = {keeps: number * slot * dtype.itemsize for keeps, number in slots.items()}
+        return Needs(arenas, tables + _TEMPORARIES * tensors, copied)
 
 
 # ---- attention
 
 
-def whole_attention(mode: str, crossover: Callable[[], Crossover] = lambda: ALWAYS) -> Operation:
+def whole_attention(mode: str, crossover: Callable[[], Crossover] = lambda: ALWAYS) -> DecodeOperation:
     """All that a mode does in a decode step: its segments, and their merge. A mode that chooses asks for ``crossover``
     when it is made."""
 
     def segments_of(sizes: Sizes) -> list[Segment]:
         return plan_of(sizes, mode, crossover() if MODES[mode].chooses else ALWAYS).segments
 
-    def make(workload: DecodeWorkload, backend: Backend | None) -> Call:
+    def make(workload: DecodeWorkload, backend: Backend | None) -> Ready:
         segments = segments_of(workload.sizes)
         choice = choice_of(segments) if MODES[mode].chooses else None
         return _attention_call(workload, mode, segments, backend, choice=choice)
@@ -149,7 +123,7 @@ def whole_attention(mode: str, crossover: Callable[[], Crossover] = lambda: ALWA
     def work(sizes: Sizes, dtype: torch.dtype) -> Work:
         return _attention_work(sizes, dtype, segments_of(sizes), _q_bytes(sizes, dtype))
 
-    return Operation(mode, make, work, modes=(mode,))
+    return DecodeOperation(mode, make, work, modes=(mode,))
 
 
 def _attention_call(
@@ -160,12 +134,12 @@ def _attention_call(
     *,
     choice: str | None = None,
     state: bool = False,
-) -> Call:
+) -> Ready:
     """The attention over ``segments``, rounded to the queries' dtype; with ``state`` their state, as it is."""
     keys, scale = workload.keys(mode), workload.scale
     plan = AttentionPlan.of(segments, workload.device, workload.dtype, backend)
     run = plan.run_state if state else plan.run
-    return Call(partial(run, workload.q_BHD, keys.k_SHD, keys.v_SHD, scale), tuple(map(str, plan.backends)), choice)
+    return Ready(partial(run, workload.q_BHD, keys.k_SHD, keys.v_SHD, scale), tuple(map(str, plan.backends)), choice)
 
 
 def _attention_work(sizes: Sizes, dtype: torch.dtype, segments: list[Segment], out_bytes: int) -> Work:
@@ -186,24 +160,24 @@ def _state_bytes(sizes: Sizes) -> int:
     return sizes.batch_size * sizes.num_heads * (sizes.head_dim + 1) * _F32
 
 
-def _one_segment(name: str, part: str, needs: str) -> Operation:
+def _one_segment(name: str, part: str, requires: str) -> DecodeOperation:
     """The state over ``part`` of the keys, as hydragen plans it."""
 
     def segment_of(sizes: Sizes) -> list[Segment]:
         return getattr(plan_of(sizes, "hydragen"), part)
 
-    def make(workload: DecodeWorkload, backend: Backend | None) -> Call:
+    def make(workload: DecodeWorkload, backend: Backend | None) -> Ready:
         return _attention_call(workload, "hydragen", segment_of(workload.sizes), backend, state=True)
 
     def work(sizes: Sizes, dtype: torch.dtype) -> Work:
         return _attention_work(sizes, dtype, segment_of(sizes), _state_bytes(sizes))
 
-    return Operation(name, make, work, _all_that_run, modes=("hydragen",), needs=(needs,))
+    return DecodeOperation(name, make, work, _all_that_run, modes=("hydragen",), requires=(requires,))
 
 
-def _make_merge(workload: DecodeWorkload, backend: Backend | None) -> Call:
+def _make_merge(workload: DecodeWorkload, backend: Backend | None) -> Ready:
     outs, lses = (workload.random(2, *shape, dtype=torch.float32) for shape in _state_shapes(workload.sizes))
-    return Call(partial(merge_stacked, outs, lses, backend))
+    return Ready(partial(merge_stacked, outs, lses, backend))
 
 
 def _state_shapes(sizes: Sizes) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -219,11 +193,11 @@ def _merge_work(sizes: Sizes, dtype: torch.dtype) -> Work:
 # ---- the rest of a layer, and the choice of a token
 
 
-def _make_norm(workload: DecodeWorkload, backend: Backend | None) -> Call:
+def _make_norm(workload: DecodeWorkload, backend: Backend | None) -> Ready:
     B, I = workload.sizes.batch_size, hidden_size(workload.sizes)  # noqa: E741
     x_BI, weight_I = workload.random(B, I), workload.random(I)
     y_BI = torch.zeros_like(x_BI)  # so that x stays as it is, however often y is added to it
-    return Call(partial(add_rms_norm_, x_BI, y_BI, weight_I, 1e-5, backend=backend))
+    return Ready(partial(add_rms_norm_, x_BI, y_BI, weight_I, 1e-5, backend=backend))
 
 
 def _norm_work(sizes: Sizes, dtype: torch.dtype) -> Work:
@@ -232,7 +206,7 @@ def _norm_work(sizes: Sizes, dtype: torch.dtype) -> Work:
     return Work(0, (4 * elements + hidden_size(sizes)) * dtype.itemsize, 5 * elements)
 
 
-def _make_rotary(workload: DecodeWorkload, backend: Backend | None) -> Call:
+def _make_rotary(workload: DecodeWorkload, backend: Backend | None) -> Ready:
     sizes, keys = workload.sizes, workload.keys("hydragen")
     B, D = sizes.batch_size, sizes.head_dim
     qkv_BHD = workload.random(B, sizes.num_heads + 2 * sizes.num_kv_heads, D)
@@ -242,7 +216,7 @@ def _make_rotary(workload: DecodeWorkload, backend: Backend | None) -> Call:
     (own,) = keys.plan.own
     slots_B = torch.from_numpy(own.k_starts + own.k_lens - 1).to(workload.device)  # each sequence's newest key
     arguments = (qkv_BHD, angles_B1D.cos(), sin_B1D, keys.k_SHD, keys.v_SHD, slots_B)
-    return Call(partial(rotate_into_cache_, *arguments, backend=backend))
+    return Ready(partial(rotate_into_cache_, *arguments, backend=backend))
 
 
 def _rotary_work(sizes: Sizes, dtype: torch.dtype) -> Work:
@@ -252,9 +226,9 @@ def _rotary_work(sizes: Sizes, dtype: torch.dtype) -> Work:
     return Work(0, 2 * B * heads * D * dtype.itemsize + tables, 3 * B * (sizes.num_heads + sizes.num_kv_heads) * D)
 
 
-def _make_swiglu(workload: DecodeWorkload, backend: Backend | None) -> Call:
+def _make_swiglu(workload: DecodeWorkload, backend: Backend | None) -> Ready:
     gate_up_BF = workload.random(workload.sizes.batch_size, 2 * intermediate_size(workload.sizes))
-    return Call(partial(swiglu, gate_up_BF, backend=backend))
+    return Ready(partial(swiglu, gate_up_BF, backend=backend))
 
 
 def _swiglu_work(sizes: Sizes, dtype: torch.dtype) -> Work:
@@ -262,9 +236,9 @@ def _swiglu_work(sizes: Sizes, dtype: torch.dtype) -> Work:
     return Work(0, 3 * elements * dtype.itemsize, 4 * elements)  # exponential, addition, division, product
 
 
-def _make_maxima(workload: DecodeWorkload, backend: Backend | None) -> Call:
+def _make_maxima(workload: DecodeWorkload, backend: Backend | None) -> Ready:
     logits_BV = workload.random(workload.sizes.batch_size, VOCAB_SIZE)
-    return Call(partial(block_maxima, logits_BV, backend))
+    return Ready(partial(block_maxima, logits_BV, backend))
 
 
 def _maxima_work(sizes: Sizes, dtype: torch.dtype) -> Work:
@@ -272,10 +246,10 @@ def _maxima_work(sizes: Sizes, dtype: torch.dtype) -> Work:
     return Work(0, sizes.batch_size * (VOCAB_SIZE * dtype.itemsize + VOCAB_SIZE // BLOCK * _F32), 0)
 
 
-def _make_masses(workload: DecodeWorkload, backend: Backend | None) -> Call:
+def _make_masses(workload: DecodeWorkload, backend: Backend | None) -> Ready:
     logits_BV = workload.random(workload.sizes.batch_size, VOCAB_SIZE)
     peak_B = logits_BV.amax(-1).float()
-    return Call(partial(block_masses, logits_BV, None, peak_B, torch.ones_like(peak_B), backend=backend))
+    return Ready(partial(block_masses, logits_BV, None, peak_B, torch.ones_like(peak_B), backend=backend))
 
 
 def _masses_work(sizes: Sizes, dtype: torch.dtype) -> Work:
@@ -292,8 +266,8 @@ def _read_bytes(sizes: Sizes, dtype: torch.dtype) -> int:
     return min(2 * sizes.num_kv_heads * sizes.head_dim * slots * dtype.itemsize, _MAX_READ)
 
 
-def _make_read(workload: DecodeWorkload, backend: Backend | None) -> Call:
-    return Call(StreamedBuffer(_read_bytes(workload.sizes, workload.dtype), workload.device).read)
+def _make_read(workload: DecodeWorkload, backend: Backend | None) -> Ready:
+    return Ready(StreamedBuffer(_read_bytes(workload.sizes, workload.dtype), workload.device).read)
 
 
 def _read_work(sizes: Sizes, dtype: torch.dtype) -> Work:
@@ -304,22 +278,24 @@ def _read_work(sizes: Sizes, dtype: torch.dtype) -> Work:
 _ROW = {"is_row_operation": True, "backends": _all_that_run_rows}
 
 PARTS = (
-    _one_segment("attention_shared", "shared", needs="num_shared"),
-    _one_segment("attention_own", "own", needs="unique_seq_len"),
-    Operation("merge", _make_merge, _merge_work, _all_that_run_rows, needs=("num_shared", "unique_seq_len")),
+    _one_segment("attention_shared", "shared", requires="num_shared"),
+    _one_segment("attention_own", "own", requires="unique_seq_len"),
+    DecodeOperation("merge", _make_merge, _merge_work, _all_that_run_rows, requires=("num_shared", "unique_seq_len")),
 )
 
 ROW_OPERATIONS = (
-    Operation("add_rms_norm", _make_norm, _norm_work, **_ROW),
-    Operation("rotary_into_cache", _make_rotary, _rotary_work, modes=("hydragen",), needs=("unique_seq_len",), **_ROW),
-    Operation("swiglu", _make_swiglu, _swiglu_work, **_ROW),
-    Operation("block_maxima", _make_maxima, _maxima_work, _all_that_run_logits, is_row_operation=True),
-    Operation("block_masses", _make_masses, _masses_work, _all_that_run_logits, is_row_operation=True),
+    DecodeOperation("add_rms_norm", _make_norm, _norm_work, **_ROW),
+    DecodeOperation(
+        "rotary_into_cache", _make_rotary, _rotary_work, modes=("hydragen",), requires=("unique_seq_len",), **_ROW
+    ),
+    DecodeOperation("swiglu", _make_swiglu, _swiglu_work, **_ROW),
+    DecodeOperation("block_maxima", _make_maxima, _maxima_work, _all_that_run_logits, is_row_operation=True),
+    DecodeOperation("block_masses", _make_masses, _masses_work, _all_that_run_logits, is_row_operation=True),
 )
 
-MEMORY_READ = Operation("memory_read", _make_read, _read_work)
+MEMORY_READ = DecodeOperation("memory_read", _make_read, _read_work)
 
 
-def all_operations(crossover: Callable[[], Crossover] = lambda: ALWAYS) -> tuple[Operation, ...]:
+def all_operations(crossover: Callable[[], Crossover] = lambda: ALWAYS) -> tuple[DecodeOperation, ...]:
     """As they are shown; whole attention in every mode first, and beside it what reading as many bytes takes."""
     return (*(whole_attention(mode, crossover) for mode in MODES), MEMORY_READ, *PARTS, *ROW_OPERATIONS)

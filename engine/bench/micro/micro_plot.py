@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, SymmetricalLogLocator
 
-from engine.bench.micro_report import MicroRow, setting_of
+from engine.bench.micro.micro_report import MicroRow, setting_of
 from engine.bench.png import new_figure, to_png
 from engine.bench.timing import HIGH_SPREAD, summarize
 

@@ -5,16 +5,12 @@ from dataclasses import replace
 
 import pytest
 from rich.console import Console
-from rows import row_result
+from rows import PARTS_OF_A_STEP, operation_result, row_result
 
-from engine.bench import micro_report
-from engine.bench.micro_report import (
-    base_over_read,
+from engine.bench.micro.micro_report import (
     build_micro_rows,
-    hydragen_over_parts,
     plot_micro,
     print_micro_tables,
-    ratio,
     write_micro_csv,
 )
 from engine.bench.result_files import Status
@@ -29,38 +25,6 @@ def table(results, width=140):
 
 def lines(text):
     return [line.split() for line in text.splitlines()]
-
-
-class TestRatio:
-    def test_of_one_run_by_rounds(self):
-        # The machine slows down to half its speed, for both alike.
-        base, hydragen = row_result("base", (4, 4, 8, 8, 8)), row_result("hydragen", (1, 1, 2, 2, 2))
-        found = ratio([base], [hydragen])
-        assert (found.value, found.spread, found.same_run, found.text) == (4, 0, True, "4.00")
-        found = ratio([row_result("base", (4, 8, 12))], [row_result("hydragen", (1, 1, 1))])
-        assert (found.value, found.high_spread, found.text) == (8, True, "8.00 !")
-        assert found.spread == pytest.approx((10.4 - 5.6) / 8)
-
-    def test_of_separate_runs_by_medians_and_both_spreads(self):
-        base, hydragen = row_result("base", (4, 8, 12), run="a"), row_result("hydragen", (1, 2, 3), run="b")
-        found = ratio([base], [hydragen])
-        assert (found.value, found.same_run, found.text) == (4, False, "~4.00 !")
-        assert found.spread == pytest.approx((0.6**2 + 0.6**2) ** 0.5)
-        assert not ratio([base], [replace(hydragen, run="a", times_ms=(2.0,))]).same_run  # rounds that do not pair
-
-    def test_of_a_single_round(self):
-        found = ratio([row_result(times_ms=(3,))], [row_result(times_ms=(2,))])
-        assert (found.value, found.spread, found.text) == (1.5, None, "1.50")
-
-    def test_of_sums(self):
-        found = ratio([row_result(times_ms=(6, 8))], [row_result(times_ms=(1, 2)), row_result(times_ms=(2, 2))])
-        assert found.value == 2
-
-    def test_of_what_has_no_times(self):
-        failed = row_result(times_ms=(), status=Status.OUT_OF_MEMORY)
-        assert ratio([failed], [row_result()]) is None
-        assert ratio([], [row_result()]) is None
-        assert ratio([row_result()], [row_result(times_ms=(0.0, 0.0))]) is None
 
 
 class TestRows:
@@ -98,19 +62,6 @@ class TestRows:
         ]  # fmt: skip
 
 
-def operation(name, *times, backend="", backends=(), **changes):
-    return row_result("operations", times, name, backend, backends=backends, **changes)
-
-
-PARTS = [
-    operation("attention_shared", 4.0, backend="aten", backends=("aten",)),
-    operation("attention_shared", 2.0, backend="simd", backends=("simd",)),
-    operation("attention_own", 1.0, backend="simd", backends=("simd",)),
-    operation("attention_own", 3.0, backend="aten", backends=("aten",)),
-    operation("merge", 0.5),
-]
-
-
 class TestChoices:
     def rows(self, base, hydragen, auto, **changes):
         kinds = (("base", base, None), ("hydragen", hydragen, None), ("auto", auto, "shared"))
@@ -135,30 +86,6 @@ class TestChoices:
         assert "beyond 10% and the spread: 1: batch 7, shared" in table([*good, *bad])
         noisy = self.rows((4, 4, 4), (2, 2, 2), (2, 3, 8))
         assert "and the spread: none" in table(noisy)
-
-
-class TestParts:
-    def test_a_kernel_that_merges_itself_has_two_parts(self):
-        found, what = hydragen_over_parts([operation("hydragen", 3.3, backends=("aten", "simd")), *PARTS])
-        assert found.value == pytest.approx(1.1)
-        assert what == "attention_shared simd + attention_own simd"
-
-    def test_one_that_does_not_has_three(self):
-        found, what = hydragen_over_parts([operation("hydragen", 7.0, backends=("simd", "aten")), *PARTS])
-        assert found.value == pytest.approx(2)
-        assert what == "attention_shared simd + attention_own simd + merge"
-
-    def test_nothing_to_say_without_all_of_them(self):
-        whole = operation("hydragen", 3.0, backends=("simd", "simd"))
-        assert hydragen_over_parts(PARTS) is None
-        assert hydragen_over_parts([whole, *PARTS[:2]]) is None
-        assert hydragen_over_parts([whole]) is None
-
-    def test_base_against_what_memory_gave(self):
-        # 10^9 bytes in 40 ms beside 5 x 10^8 in 10 ms: half the rate.
-        base, read = operation("base", 40.0, num_bytes=10**9), operation("memory_read", 10.0, num_bytes=5 * 10**8)
-        assert base_over_read([base, read]).value == pytest.approx(0.5)
-        assert base_over_read([base]) is None
 
 
 class TestTable:
@@ -188,8 +115,9 @@ class TestTable:
         assert any("shared" in line[1:] and "auto" in line for line in lines(text))
 
     def test_operations(self):
-        text = table([operation("hydragen", 3.3, backends=("simd", "simd")), *PARTS, operation("base", 40.0),
-                      operation("memory_read", 30.0)])  # fmt: skip
+        whole = operation_result("hydragen", 3.3, backends=("simd", "simd"))
+        bounds = [operation_result("base", 40.0), operation_result("memory_read", 30.0)]
+        text = table([whole, *PARTS_OF_A_STEP, *bounds])
         assert text.splitlines()[0].startswith("Operations of a decode step, bfloat16 on a CPU")
         order = [line.split()[-8 if "base" in line else 0] for line in text.splitlines() if "attention_" in line]
         assert len(order) == 7  # four rows, the sum, and a line for each of the two with its backends
@@ -208,7 +136,7 @@ class TestCsv:
         results = [
             row_result("base", (4, 4, 4), backends=("simd",)),
             row_result("hydragen", (2.0, 2.0, 2.0), env={"versions": {"torch": "2.13.0"}}, backends=("simd", "aten")),
-            operation("swiglu", 1.0, hidden_size=1024),
+            operation_result("swiglu", 1.0, hidden_size=1024),
             row_result("base", (), batch_size=64, status=Status.DOES_NOT_FIT, message='needs "97" GiB, more'),
         ]
         write_micro_csv(build_micro_rows(results), tmp_path / "a.csv")
@@ -225,9 +153,6 @@ class TestCsv:
         failed = found["base", "64", ""]
         assert (failed["median_ms"], failed["vs_base"], failed["message"]) == ("", "", 'needs "97" GiB, more')
 
-    def test_has_a_column_for_every_value(self):
-        assert set(micro_report._csv_values(build_micro_rows([row_result()])[0])) == set(micro_report._COLUMNS)
-
 
 def test_plot_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -236,6 +161,6 @@ def test_plot_without_matplotlib(tmp_path, monkeypatch):
 
 
 def test_nothing_to_plot(tmp_path):
-    rows = build_micro_rows([*PARTS, row_result("base", (), status=Status.OUT_OF_MEMORY)])
+    rows = build_micro_rows([*PARTS_OF_A_STEP, row_result("base", (), status=Status.OUT_OF_MEMORY)])
     assert not plot_micro(rows, tmp_path / "a.png")
     assert not (tmp_path / "a.png").exists()

@@ -2,10 +2,10 @@ import pytest
 import torch
 from clock import Clock
 
-from engine.bench import cold_timing
-from engine.bench.cache_flush import CacheFlush
-from engine.bench.cold_timing import HostCall, make_cold_call, time_in_turns
-from engine.bench.micro_results import TimedWith
+from engine.bench.micro import cold_timing
+from engine.bench.micro.cache_flush import CacheFlush
+from engine.bench.micro.cold_timing import HostCall, make_cold_call, time_in_turns
+from engine.bench.micro.micro_results import TimedWith
 
 
 class SteadyClock(Clock):

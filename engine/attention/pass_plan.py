@@ -1,4 +1,4 @@
-"""The attention of one decode step as a method plans it, all sequences at once, with nobody else in the KV arena.
+"""The attention of one forward pass as a method plans it, all sequences at once, with nobody else in the KV arena.
 
 Shapes: B sequences.
 """
@@ -15,9 +15,11 @@ from kernels import Segment
 
 
 @dataclass(frozen=True)
-class DecodePlan:
-    """Where the keys lie, and which segments read them."""
+class PassPlan:
+    """Where the keys lie, and which segments read them for the new tokens of ``runs``."""
 
+    tree: PrefixTree
+    runs: Runs
     placement: Placement
     num_slots: int  # of the arena that holds them
     own: list[Segment]
@@ -34,13 +36,15 @@ def one_prompt(shared_len: int, batch: int) -> PrefixTree:
     return build_from_levels([[np.zeros(shared_len, dtype=np.int64)], [[0]] * batch])
 
 
-def plan_decode(method: AttentionMethod, tree: PrefixTree, unique_len: int, room: int) -> DecodePlan:
-    """Every sequence has one new token, the last of ``unique_len`` keys of its own, whatever suffix the tree gives it,
-    and room for ``room`` of them."""
+def plan_pass(
+    method: AttentionMethod, tree: PrefixTree, unique_len: int, room: int, num_new: int = 1
+) -> PassPlan:
+    """Every sequence has ``num_new`` new tokens, the last of ``unique_len`` keys of its own, whatever suffix the tree
+    gives it, and room for ``room`` of them: one of them in a decode step, all of them where a prompt is read."""
     sequences = np.arange(tree.num_sequences)
     placement, num_slots = place_in_order(tree, method.keeps, np.full_like(sequences, room))
     runs = Runs(
-        num_new=np.ones_like(sequences),
+        num_new=np.full_like(sequences, num_new),
         positions=tree.table.suffix_position,
         own_starts=placement.suffix_starts(sequences),
         own_lens=np.full_like(sequences, unique_len),
@@ -48,10 +52,11 @@ def plan_decode(method: AttentionMethod, tree: PrefixTree, unique_len: int, room
         paths=tree.paths(tree.table.leaf_node),
     )
     shared = method.shared_segments(tree, placement, runs)
-    return DecodePlan(placement, num_slots, method.own_segments(runs), shared)
+    return PassPlan(tree, runs, placement, num_slots, method.own_segments(runs), shared)
 
 
 def count_keys(segments: Sequence[Segment]) -> tuple[int, int]:
-    """``(keys read, pairs of query and key)``: a row's keys are read once for all of its queries."""
+    """``(keys read, pairs of query and key)`` of segments without a causal mask, or with one query a row: a row's keys
+    are read once for all of its queries."""
     keys_read = sum(int(s.k_lens.sum()) for s in segments)
     return keys_read, sum(int((np.diff(s.q_offsets) * s.k_lens).sum()) for s in segments)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from engine.bench.cache_flush import CacheFlush, last_level_cache_bytes
+from engine.bench.micro.cache_flush import CacheFlush, last_level_cache_bytes
 from engine.bench.streamed_buffer import StreamedBuffer
 
 CPU = torch.device("cpu")

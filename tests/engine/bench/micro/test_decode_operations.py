@@ -4,23 +4,27 @@ import pytest
 import torch
 
 from engine.attention import Keeps
-from engine.bench.decode_workload import DecodeWorkload, num_slots
-from engine.bench.micro_results import Sizes
-from engine.bench.operations import (
+from engine.bench.micro.decode_operations import (
     PARTS,
-    Work,
     all_operations,
     hidden_size,
     intermediate_size,
-    memory_of,
     whole_attention,
 )
+from engine.bench.micro.decode_workload import DecodeWorkload
+from engine.bench.micro.micro_results import Sizes
+from engine.bench.micro.operation import Memory, Work
+from engine.bench.micro.workload import num_slots
 from kernels import Backend, available_backends, merge_states
 
 CPU = torch.device("cpu")
 BF16, F32 = torch.bfloat16, torch.float32
 SIZES = Sizes(64, num_shared=4096, num_unique=64, unique_seq_len=64, num_heads=12, num_kv_heads=4, head_dim=64)
 TINY = Sizes(3, num_shared=5, num_unique=4, unique_seq_len=2, num_heads=4, num_kv_heads=2, head_dim=8)
+
+
+def memory_of(operations, sizes, dtype):
+    return Memory.together([operation.needs(sizes, dtype, backend) for operation, backend in operations])
 
 
 def operations():
@@ -100,7 +104,7 @@ def test_every_operation_runs_with_every_backend_and_again(operation, dtype):
     backends = operation.backends(CPU, dtype)
     assert backends
     for backend in backends:
-        call = operation.make(workload, backend)
+        call = operation.call(workload, backend)
         for _ in range(3):
             call.run()
         if operation.modes and not operation.is_row_operation:
@@ -110,7 +114,7 @@ def test_every_operation_runs_with_every_backend_and_again(operation, dtype):
 def test_calls_leave_the_data_finite_however_often_they_are_made():
     workload = DecodeWorkload(TINY, CPU, BF16, seed=0)
     for name in ("add_rms_norm", "rotary_into_cache"):
-        call = operations()[name].make(workload, None)
+        call = operations()[name].call(workload, None)
         for _ in range(300):
             call.run()
         assert all(x.isfinite().all() and x.abs().max() < 100 for x in call.run.args if isinstance(x, torch.Tensor))
@@ -125,9 +129,9 @@ def test_the_parts_are_tried_with_all_backends_but_the_reference():
 def test_the_parts_make_up_the_whole():
     workload = DecodeWorkload(TINY, CPU, F32, seed=0)
     shared, own, _ = PARTS
-    states = [part.make(workload, Backend.ATEN).run() for part in (own, shared)]
+    states = [part.call(workload, Backend.ATEN).run() for part in (own, shared)]
     merged, _ = merge_states(*states[0], *states[1])
-    whole = whole_attention("hydragen").make(workload, Backend.ATEN).run()
+    whole = whole_attention("hydragen").call(workload, Backend.ATEN).run()
     torch.testing.assert_close(merged, whole)
 
 
@@ -145,4 +149,4 @@ def test_what_there_is_nothing_to_do_for_is_left_out(changes, missing):
     assert operations().keys() - runs == missing
     workload = DecodeWorkload(sizes, CPU, F32, seed=0)
     for name in runs:
-        operations()[name].make(workload, None).run()
+        operations()[name].call(workload, None).run()
