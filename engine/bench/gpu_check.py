@@ -25,7 +25,8 @@ from rich.text import Text
 
 from engine.bench.gpu_work import NEEDLE_DTYPES, RESULTS, SIZES, Grid, MicroGrid
 from engine.bench.micro.micro_report import MicroRow, build_micro_rows, micro_findings
-from engine.bench.micro.micro_results import FILES, Sizes
+from engine.bench.micro.micro_results import FILES, RowResult, Sizes
+from engine.bench.micro.sparse_report import SparseRow, build_sparse_rows, sparse_findings
 from engine.bench.needles.needle_report import NeedlesRow, build_needle_rows
 from engine.bench.needles.needle_results import NEEDLE_FILES
 from engine.bench.results import CellResult, Status, read_results
@@ -39,8 +40,8 @@ _TAIL = 4000  # characters of a failed section's log that the report holds
 _EXCEPTION = re.compile(r"^(?:\[rank\d+\]: ?)?([\w.]*(?:Error|Exception): .+)$", re.MULTILINE)
 # Shares of the time, in seconds of the nine minutes that are there by default.
 _WEIGHTS = {
-    "attention": 70.0, "operations": 45.0, "crossover": 45.0,
-    "sweep-125m": 45.0, "graphs-125m": 30.0, "sweep-8b": 30.0, "graphs-8b": 30.0,
+    "attention": 60.0, "operations": 40.0, "crossover": 40.0, "sparse": 35.0,
+    "sweep-125m": 40.0, "graphs-125m": 30.0, "sweep-8b": 30.0, "graphs-8b": 30.0,
 }  # fmt: skip
 # Of the largest logit, between two ranks and one.
 _RANKS_TOLERANCE = {"float32": 2e-5, "bfloat16": 6e-2}
@@ -140,7 +141,7 @@ class _Work(Section):
 class Machine(_Work):
     """What the machine is and its ceilings."""
 
-    name, weight = "machine", 15.0
+    name, weight = "machine", 12.0
 
     def complaint(self, numbers):
         return None if numbers["ceilings"] else "no ceiling was measured"
@@ -157,7 +158,7 @@ class Machine(_Work):
 class Ranks(_Work):
     """Two ranks, on one device where there is but one, against one rank."""
 
-    name, weight = "ranks", 30.0
+    name, weight = "ranks", 25.0
 
     def command(self, folder):
         program = super().command(folder)[1:]
@@ -205,6 +206,15 @@ class Microbenchmark(_Work):
     def summary(self, numbers):
         sizes = {tuple(row[name] for name in _SIZES) for row in numbers.get("rows", ())}
         return "\n".join([f"{len(sizes)} of {len(self._grid.sizes)} sizes", *numbers.get("found", ())])
+
+
+class SparseMicrobenchmark(Microbenchmark):
+    """The attention of one layer where prompts are read, sparse and dense."""
+
+    def read(self, folder):
+        rows = build_sparse_rows(FILES.read_all([folder]))
+        numbers = [_result_numbers(result) | _sparse_ratios(row) for row in rows for result in row.results]
+        return {"rows": numbers, "found": sparse_findings(rows)}
 
 
 class Needles(_Work):
@@ -308,12 +318,23 @@ _SIZES = tuple(field.name for field in fields(Sizes))
 
 
 def _row_numbers(row: MicroRow) -> dict:
-    numbers = asdict(row.result)
+    return _result_numbers(row.result) | _ratios(row, "vs_base", "vs_best")
+
+
+def _sparse_ratios(row: SparseRow) -> dict:
+    return _ratios(row, "attention_of_dense", "index_of_dense", "vs_dense") | {"over_share": row.over_share}
+
+
+def _result_numbers(result: RowResult) -> dict:
+    numbers = asdict(result)
     numbers |= numbers.pop("row")
     del numbers["sweep"]
     derived = ("median_ms", "spread", "achieved_gbs", "achieved_tflops", "roofline_ms", "roofline_fraction")
-    ratios = {name: getattr(row, name) and asdict(getattr(row, name)) for name in ("vs_base", "vs_best")}
-    return numbers | {name: getattr(row.result, name) for name in derived} | ratios
+    return numbers | {name: getattr(result, name) for name in derived}
+
+
+def _ratios(row: MicroRow | SparseRow, *names: str) -> dict:
+    return {name: getattr(row, name) and asdict(getattr(row, name)) for name in names}
 
 
 def make_sections(device: str, tiny: bool) -> list[Section]:
@@ -321,7 +342,10 @@ def make_sections(device: str, tiny: bool) -> list[Section]:
     size_name = "tiny" if tiny else "full"
     size = SIZES[size_name]
     tests = GpuTests(["tests/kernels/test_attention_cuda.py"] if tiny else ["tests"], required=device != "cpu")
-    micro = [Microbenchmark(name, _WEIGHTS[name], grid, device, size_name) for name, grid in size.micro.items()]
+    micro = [
+        (SparseMicrobenchmark if grid.methods else Microbenchmark)(name, _WEIGHTS[name], grid, device, size_name)
+        for name, grid in size.micro.items()
+    ]
     sweeps = [Throughput(name, _WEIGHTS[name], grid, device, size_name) for name, grid in size.sweeps.items()]
     checks = [Machine(device, size_name), Ranks(device, size_name), Needles(device, size_name)]
     return [tests, *checks, *micro, *sweeps]

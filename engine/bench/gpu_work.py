@@ -14,8 +14,8 @@ import torch
 
 from engine.attention import METHODS
 from engine.bench.environment import Execution, describe_environment
-from engine.bench.micro.micro_results import Sizes
-from engine.bench.micro.micro_settings import MicroSweep
+from engine.bench.micro.micro_results import PREFILL_MODE, Sizes
+from engine.bench.micro.micro_settings import MicroSweep, parse_methods
 from engine.bench.micro.micro_sweep import run_microbenchmark
 from engine.bench.modes import ModelOptions, check_mode
 from engine.bench.needles.run import run_needles
@@ -28,6 +28,7 @@ from engine.distributed import TPGroup, init_group
 from engine.engine import Engine
 from engine.files import write_whole
 from engine.loader import load_model
+from engine.prefill import PrefillMethod
 from engine.sampling import SamplingParams
 from kernels import Backend
 
@@ -64,6 +65,7 @@ class MicroGrid:
     seconds: float
     num_iters: int
     backend: Backend | None = None  # of attention; None: the best there is
+    methods: tuple[PrefillMethod, ...] = ()  # of mode prefill
 
     @classmethod
     def of(
@@ -75,10 +77,12 @@ class MicroGrid:
         seconds: float,
         num_iters: int,
         backend: Backend | None = None,
+        prefill: str | None = None,
     ) -> "MicroGrid":
-        """``lengths`` are batch sizes, shared and unique keys; ``heads`` query and KV heads and their dimension."""
+        """``lengths`` are batch sizes, shared and unique keys; ``heads`` query and KV heads and their dimension;
+        ``prefill`` the methods of mode ``prefill``."""
         sizes = tuple(Sizes(b, s, u, u, *heads) for b, s, u in lengths)
-        return cls(modes, sizes, num_needed, seconds, num_iters, backend)
+        return cls(modes, sizes, num_needed, seconds, num_iters, backend, parse_methods(prefill, modes))
 
 
 # Of the Hydragen paper's figures 5 and 8: batch sizes and shared keys.
@@ -127,6 +131,17 @@ SIZES = {
                 num_iters=30,
                 backend=Backend.TRITON,  # which takes keys that are not shared in the same launch
             ),
+            "sparse": MicroGrid.of(
+                (PREFILL_MODE,),
+                [*((1, 0, 2**n) for n in (13, 17, 10, 11, 12, 14, 15, 16)), (1, 2**16, 2**11), (8, 2**14, 2**11)],
+                (32, 8, 128),
+                num_needed=2,
+                seconds=24,
+                num_iters=10,
+                # Of 131,072 random keys each sparse one looks at about a tenth.
+                prefill="dense,a_shape:n_init=128:n_local=6600,vertical_slash:num_vertical=1000:num_slash=200,"
+                "block_sparse:num_blocks=100",
+            ),
         },
         sweeps={
             "sweep-125m": Grid("llama-125m", (*_MODES, "hf"), (16, 256), (1024, 4096), (64,)),
@@ -147,6 +162,9 @@ SIZES = {
             "attention": MicroGrid.of(("base", "hydragen", "auto"), [(2, 8, u) for u in (0, 4)], (2, 1, 8), 2, 60, 2),
             "operations": MicroGrid.of(("operations",), [(2, 8, 4)], (2, 1, 8), 1, 60, 2),
             "crossover": MicroGrid.of(("base", "hydragen", "auto"), [(2, 16, 4)], (2, 1, 8), 1, 60, 2),
+            "sparse": MicroGrid.of(
+                (PREFILL_MODE,), [(1, 8, 200)], (2, 1, 8), 1, 60, 2, prefill="dense,a_shape:n_init=1:n_local=1"
+            ),
         },
         sweeps={
             "sweep-125m": Grid("tiny", ("noattention", "hydragen", "auto"), (2,), (24,), (3,)),
@@ -190,7 +208,7 @@ def time_attention(folder: Path, group: TPGroup, grid: MicroGrid) -> None:
     """The microbenchmark; each size's rows are files as soon as they are done."""
     sweep = MicroSweep(
         folder, grid.modes, grid.sizes, getattr(torch, _DTYPE), grid.backend, num_iters=grid.num_iters, num_warmup=3,
-        seconds=grid.seconds,
+        seconds=grid.seconds, methods=grid.methods,
     )  # fmt: skip
     run_microbenchmark(sweep, group, make_console())
 

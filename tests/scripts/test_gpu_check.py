@@ -31,6 +31,9 @@ def test_every_section_at_toy_size(tmp_path, monkeypatch):
     assert numbers["graphs-125m"]["cells"][0]["environment"]["operations_backend"] == "aten"
     assert {row["mode"] for row in numbers["attention"]["rows"]} == {"base", "hydragen", "auto"}
     assert {row["choice"] for row in numbers["crossover"]["rows"]} <= {"shared", "unshared", None}
+    parts = [(row["method"], row["operation"]) for row in numbers["sparse"]["rows"]]
+    assert parts[0] == ("dense", "attention") and [name for _, name in parts[1:]] == ["attention", "index"]
+    assert " of dense attention's work in " in numbers["sparse"]["found"][0]
     assert any(row["operation"] == "swiglu" and row["times_ms"] for row in numbers["operations"]["rows"])
     assert all(name in done.stdout for name in numbers) and "FAILED" not in done.stdout
 

@@ -75,7 +75,7 @@ def test_prefill(out):
     results = FILES.read_all([out])
     assert len(results) == 4 * 5  # dense has no index
     assert {(r.row.method, r.row.operation) for r in results if r.density == 1} == {("dense", "attention")}
-    assert done.stderr.splitlines()[0].startswith("dense attention, batch 2, shared 0, unique 70, 4/2 heads of 8: ")
+    assert done.stderr.splitlines()[0].startswith("dense attention, batch 2, shared 0, unique 200, 4/2 heads of 8: ")
     again = micro(out, 2, "0,8", "200,256", *TINY, *PREFILL)
     assert again.stderr == f"4 of 4 sizes have results in {out} and are skipped.\n"
     assert again.stdout == done.stdout

@@ -290,7 +290,7 @@ def test_the_full_check_is_what_it_says():
     """Nothing here runs it."""
     sections = make_sections("cuda", tiny=False)
     assert [section.name for section in sections] == [
-        "tests", "machine", "ranks", "needles", "attention", "operations", "crossover",
+        "tests", "machine", "ranks", "needles", "attention", "operations", "crossover", "sparse",
         "sweep-125m", "graphs-125m", "sweep-8b", "graphs-8b",
     ]  # fmt: skip
     assert Machine("cuda", "full").summary({}) == ""
