@@ -67,6 +67,10 @@ def prefill(
             "and --context-window replace their part of it.",
         ),
     ] = False,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(help="A text in UTF-8, whose beginning is the prompt.  [default: random tokens]"),
+    ] = None,
     num_iters: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 3,
     num_warmup: Annotated[int, typer.Option(min=0, help="Rounds before those.")] = 1,
     attention: Annotated[
@@ -87,8 +91,9 @@ def prefill(
     """Time the reading of one prompt, from an empty cache to the choice of the first new token, by several methods.
 
     With no arguments the retrieval model that ships with the project reads prompts of 2048 to 32768 tokens, in less
-    than a minute on 2 cores. Prompts are random tokens, of real models too: of the methods only minference,
-    vertical_slash and block_sparse look at what a prompt says, and what they keep of it is the density in the table.
+    than a minute on 2 cores. Without --prompt-file prompts are random tokens, of real models too: of the methods only
+    minference, vertical_slash and block_sparse look at what a prompt says, and what they keep of it is the density in
+    the table.
 
     The methods take turns, round by round, each with all memory to itself. Density, the part of attention's work that
     was done, is counted in a reading of its own before those. A method and length that has a result is skipped, so a
@@ -102,6 +107,7 @@ def prefill(
       python scripts/prefill.py
       python scripts/prefill.py --model-name llama-125m --load-format dummy --context-window 4096:32769:x2 \\
           --attn-type dense,vertical_slash,a_shape:n_init=128:n_local=1024 --save-dir results/prefill-125m
+      python scripts/prefill.py --prompt-file book.txt --save-dir results/prefill-book
       python scripts/prefill.py --attn_type hf --context_window 1000000
       python scripts/prefill.py --run_benchmark --model-name gradientai/Llama-3-8B-Instruct-262k --save-dir results/8b
       torchrun --standalone --nproc_per_node=8 scripts/prefill.py --model-name meta-llama/Llama-3.1-8B-Instruct \\
@@ -116,6 +122,7 @@ def prefill(
         model=ModelOptions(model_name or str(SHIPPED_MODEL), tp_dir, load_format, dtype, revision, seed),
         columns=parse_columns(methods if attn_type is None else attn_type, attention),
         contexts=parse_range(contexts if context_window is None else context_window, name="context window"),
+        prompt_file=prompt_file,
         num_iters=num_iters,
         num_warmup=num_warmup,
         attention_backend=attention_backend,

@@ -12,8 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from engine import cli_options as options
+from engine.bench.long_prompts import (
+    Prompts,
+    TokenizedText,
+    prompts_of_needles,
+    prompts_of_texts,
+    random_prompts,
+)
 from engine.bench.needles.identity import model_digest
-from engine.bench.search_prompts import Prompts, prompts_of_needles, prompts_of_texts, random_prompts
 from engine.cli import make_app, make_console, run
 from engine.distributed import TPGroup, init_group
 from engine.errors import InputError
@@ -140,7 +146,8 @@ def _prompts(
     if folder is not None and (text_files or (folder / "tokenizer.json").is_file()):
         tokenizer = Tokenizer.from_folder(folder)
         if text_files:
-            return prompts_of_texts(text_files, tokenizer, context, num_prompts)
+            texts = [TokenizedText.read(path, tokenizer) for path in text_files]
+            return prompts_of_texts(texts, context, num_prompts)
         return prompts_of_needles(tokenizer, context, num_prompts, seed)
     if text_files:
         raise InputError("--text-file was given, but dummy weights of a preset have no tokenizer; leave it out")

@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ from commands import Command, torchrun
 from documented import fields_of_table
 from safetensors.torch import load_file, save_file
 
+from engine import LLM, SamplingParams
 from engine.arena import NoRoomError
 from engine.bench import report
 from engine.bench.modes import ModelOptions
+from engine.bench.needles.prose import sentences
 from engine.bench.needles.settings import SHIPPED_MODEL
 from engine.bench.prefill.prefill_results import PREFILL_FILES
 from engine.bench.prefill.prefill_sweep import PrefillSweep
@@ -103,6 +106,53 @@ class TestMeasuring:
         assert streaming.attention == "streaming:n_init=4:n_local=60"
         seen = sum(min(position + 1, 64) for position in range(1100))
         assert streaming.density == pytest.approx(seen / (1100 * 1101 / 2), rel=1e-5)
+
+    def test_reading_a_text(self, out, book):
+        arguments = ("--device", "cpu", "--num-iters", 1, "--num-warmup", 0, "--prompt-file", book)
+        sparse = "vertical_slash:num_vertical=30:num_slash=100:dense_below=64"
+        arguments = (*arguments, "--attn-type", f"dense,{sparse}", "--context-window", "700,99999")
+        plan = prefill("--save-dir", out, *arguments, "--dry-run")
+        assert plan.stdout.splitlines()[0] == "assets/retrieval-1m, 1 rank: 0 + 1 rounds of text of book.txt"
+        done = prefill("--save-dir", out, *arguments)
+        assert done.status == 0, done.stderr
+        assert "time to first token after text of book.txt" in done.stdout
+        one = results(out)["dense", 700]
+        assert (one.prompt, len(one.prompt_digest)) == ("text of book.txt", 12)
+        llm = LLM(str(SHIPPED_MODEL), device="cpu")
+        tokens = llm.tokenizer.encode(book.read_text())[:700]
+        params = SamplingParams(temperature=0, max_tokens=1)
+        assert llm.generate([tokens], params)[0].outputs[0].token_ids == (one.first_token,)
+        # Words repeat, so the estimate is another than that of random tokens.
+        others = (*arguments[:5], "--attn-type", sparse, "--context-window", 700)
+        assert prefill("--save-dir", out.parent / "random", *others).status == 0
+        drawn = results(out.parent / "random")[sparse, 700]
+        assert (drawn.prompt, drawn.prompt_digest) == ("random tokens (seed 0)", "")
+        assert drawn.density_by_layer != results(out)[sparse, 700].density_by_layer
+
+    @pytest.fixture
+    def book(self, tmp_path):
+        path = tmp_path / "book.txt"
+        path.write_text(" ".join(islice(sentences((3, 1)), 80)))
+        return path
+
+    def test_a_text_that_cannot_be_used(self, out, book, refused):
+        shipped = ("--device", "cpu", "--context-window", 700)
+        refused([*TINY, "--prompt-file", book], "dummy weights of a preset have no tokenizer; leave it out")
+        refused([*shipped, "--prompt-file", book.parent / "none.txt"], "none.txt cannot be read (No such file")
+        (book.parent / "raw.txt").write_bytes(b"\xff\xfe\xff")
+        refused([*shipped, "--prompt-file", book.parent / "raw.txt"], "raw.txt is not UTF-8 text")
+        refused(
+            ["--device", "cpu", "--context-window", 30_000, "--prompt-file", book],
+            "tokens; accepted: 29,999 or more, for 1 prompt of 30,000; give a longer text",
+        )
+
+    def test_another_text_is_refused(self, out, book, refused):
+        arguments = ("--device", "cpu", "--context-window", 700, "--attn-type", "dense", "--num-iters", 1)
+        arguments = (*arguments, "--num-warmup", 0, "--prompt-file", book)
+        assert prefill("--save-dir", out, *arguments).status == 0
+        refused(arguments[:-2], "with prompt text of book.txt; this run has random tokens (seed 0)")
+        book.write_text(f"Now {book.read_text()}")
+        refused(arguments, "was measured with prompt digest ", "; use another --save-dir")
 
     def test_a_prompt_below_the_sparse_length_is_dense(self, out):
         assert (
@@ -283,10 +333,10 @@ class TestGoingOn:
 
     def test_a_result_that_cannot_be_read_is_measured_again(self, settled, out):
         path = out / "dense" / "64.yaml"
-        path.write_text(path.read_text().replace("schema_version: 1", "schema_version: 0"))
+        path.write_text(path.read_text().replace("schema_version: 2", "schema_version: 0"))
         done = prefill("--save-dir", out, *TINY, "--attn-type", "dense", "--context-window", 64)
         assert done.status == 0 and "; it is measured again" in done.stderr
-        assert yaml.safe_load(path.read_text())["schema_version"] == 1
+        assert yaml.safe_load(path.read_text())["schema_version"] == 2
 
     def test_another_model_of_that_name_is_refused(self, out, refused, tmp_path):
         shutil.copytree(SHIPPED_MODEL, tmp_path / "model")

@@ -108,7 +108,9 @@ def test_texts(tiny_folder, tmp_path):
     book, other = tmp_path / "book.txt", tmp_path / "other.txt"
     book.write_text("".join(f"Sentence {i} of the first text. " for i in range(70)))
     other.write_text("Nothing happens here. " * 60)
-    prompts = tool.module.prompts_of_texts([book, other], LLM(tiny_folder, device="cpu").tokenizer, 100, 5)
+    tokenizer = LLM(tiny_folder, device="cpu").tokenizer
+    texts = [tool.module.TokenizedText.read(path, tokenizer) for path in (book, other)]
+    prompts = tool.module.prompts_of_texts(texts, 100, 5)
     tokenizer = LLM(tiny_folder, device="cpu").tokenizer
     assert [len(tokens) for tokens in prompts.tokens] == [100] * 5 and len(set(prompts.tokens)) == 5
     assert all(tokens[0] == tokenizer.bos_token_id for tokens in prompts.tokens)

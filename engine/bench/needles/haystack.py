@@ -8,6 +8,7 @@ from pathlib import Path
 from engine.bench.needles.identity import text_digest
 from engine.bench.needles.prose import sentences
 from engine.errors import InputError
+from engine.text_file import read_text
 
 # A word, what ends a sentence, and what closes quotations and brackets after it.
 _MAYBE_AN_END = re.compile(r"(\w*)([.!?]+)[\"'\u201d\u2019)\]]* ")
@@ -55,13 +56,7 @@ def read_haystack(path: Path, start: float = 0.0) -> Haystack:
 
     Raises InputError when it cannot be read, is not UTF-8, or has no sentence.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); accepted: a text file; give another") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text; accepted: a text file in UTF-8; convert it") from error
-    found = split_sentences(text)
+    found = split_sentences(read_text(path))
     if not found:
         raise InputError(f"{path} has no text; accepted: a text file with sentences; give another")
     name = path.name if not start else f"{path.name} after {100 * start:g}% of its sentences"

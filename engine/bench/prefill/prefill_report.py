@@ -45,7 +45,7 @@ def prefill_title(result: PrefillResult) -> str:
     source = f", from {result.sweep}" if result.sweep else ""
     return (
         f"{Path(result.model_name).name}{weights}, {environment.get('dtype')} on {environment.get('device_name')}, "
-        f"{ranks} rank{'s' * (ranks != 1)}: time to first token{source}"
+        f"{ranks} rank{'s' * (ranks != 1)}: time to first token after {result.prompt}{source}"
     )
 
 
@@ -53,7 +53,7 @@ def _setting(result: PrefillResult) -> tuple[str, ...]:
     """What results that are compared have in common, beside the prompt's length."""
     environment = (str(result.environment.get(name, "unknown")) for name in SAME_ENVIRONMENT)
     model = (result.model_name, result.model_digest, result.load_format, str(result.seed))
-    return (result.sweep, *model, *environment)
+    return (result.sweep, *model, result.prompt, result.prompt_digest, *environment)
 
 
 def _point(result: PrefillResult) -> tuple[object, ...]:
@@ -135,7 +135,8 @@ def _flag(result: PrefillResult) -> str:
 # ---- CSV
 
 _RESULT_COLUMNS = (
-    "sweep model_digest load_format prefill attention status seed predicted_bytes first_token density run message"
+    "sweep model_digest load_format prefill attention status prompt prompt_digest seed predicted_bytes first_token "
+    "density run message"
 ).split()
 _ENVIRONMENT_COLUMNS = "device device_name dtype world_size num_threads git_revision".split()
 _COLUMNS = (

@@ -9,7 +9,7 @@ from typing import Any
 from engine.bench.result_files import Kind, ResultFiles, Status
 from engine.bench.timing import HIGH_SPREAD, Spread, summarize
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, order=True)
@@ -34,7 +34,9 @@ class PrefillResult:
     load_format: str  # "dummy" for random weights
     prefill: str  # the method as it was named
     attention: str
-    seed: int  # of the prompt, and of random weights
+    prompt: str  # what was read, in words
+    prompt_digest: str  # tells a text from others of its name; empty of random tokens
+    seed: int  # of random tokens, and of random weights
     environment: dict[str, Any]  # as from describe_environment
     predicted_bytes: int  # of memory on each rank; 0 where the prompt is too long for the model
     message: str = ""  # why a result that is not ok has no times

@@ -12,12 +12,12 @@ from engine.arena import NoRoomError
 from engine.attention.hydragen import Hydragen
 from engine.bench.environment import describe_environment, describe_execution
 from engine.bench.memory_model import footprint
-from engine.bench.modes import make_prompt
 from engine.bench.needles.asking import timed
 from engine.bench.needles.recording import recorded_when_out_of_memory
 from engine.bench.peak_memory import PeakMemory
 from engine.bench.prefill.column import Column
 from engine.bench.prefill.prefill_results import PREFILL_FILES, PrefillPoint, PrefillResult
+from engine.bench.prefill.prompt import Prompt
 from engine.bench.prefill.reader import Reader
 from engine.bench.prefill.same_settings import check_point
 from engine.bench.prefill.settings import Settings
@@ -32,8 +32,11 @@ OnStep = Callable[[], None]
 class PrefillSweep:
     """The methods of the settings, at one context length after another."""
 
-    def __init__(self, settings: Settings, config: ModelConfig, model_digest: str, group: TPGroup):
+    def __init__(self, settings: Settings, config: ModelConfig, model_digest: str, prompt: Prompt, group: TPGroup):
+        """Raises InputError where ``prompt`` has fewer tokens than are to be read."""
         self._settings, self._config, self._group = settings, config, group
+        self._prompt = prompt
+        prompt.take(max((n for n in settings.contexts if self.too_long(n) is None), default=1))
         self._model_digest = model_digest
         self._environment = describe_environment(group.device, config.dtype, group.size)
         self._run = group.broadcast(uuid.uuid4().hex[:12])
@@ -80,7 +83,7 @@ class PrefillSweep:
         """
         settings = self._settings
         measured = {reader.column: _Measured(self.blank(reader.column, num_tokens)) for reader in readers}
-        prompt = make_prompt(self._config.vocab_size, num_tokens, settings.model.seed)
+        prompt = self._prompt.take(num_tokens)
         order = random.Random(settings.model.seed)  # the same on every rank
         for reader in readers:
             self._take(reader, measured[reader.column], num_tokens, lambda m, r=reader: self._count(r, m, prompt))
@@ -157,6 +160,8 @@ class PrefillSweep:
             load_format=settings.model.load_format,
             prefill=column.text,
             attention=column.attention,
+            prompt=self._prompt.name,
+            prompt_digest=self._prompt.digest,
             seed=settings.model.seed,
             environment=self._environment | describe_execution(settings.execution(column), device, config.dtype),
             predicted_bytes=0 if self.too_long(num_tokens) else self.footprint(num_tokens),

@@ -1,11 +1,13 @@
 """A run of ``scripts/prefill.py``: what is left of it, with one loaded model."""
 
 from dataclasses import asdict
+from pathlib import Path
 
 from rich.console import Console
 
 from engine.bench.needles.identity import config_digest, model_digest
 from engine.bench.prefill.prefill_sweep import PrefillSweep
+from engine.bench.prefill.prompt import prompt_of_text, random_prompt
 from engine.bench.prefill.reader import Reader
 from engine.bench.prefill.same_settings import check_folder
 from engine.bench.prefill.settings import Settings
@@ -28,7 +30,11 @@ class _Plan:
             check_execution(group, config.dtype, **asdict(settings.execution(column)))
             check_prefill(column.prefill, settings.model.name, config)
         digest = group.on_rank_0(lambda: _digest(settings, config))
-        self.sweep = PrefillSweep(settings, config, digest, group)
+        if settings.prompt_file is None:
+            self.prompt = random_prompt(config.vocab_size, settings.model.seed)
+        else:
+            self.prompt = prompt_of_text(settings.prompt_file, _folder(settings))
+        self.sweep = PrefillSweep(settings, config, digest, self.prompt, group)
 
         def left():
             check_folder(settings, self.sweep.blank(settings.columns[0], settings.contexts[0]))
@@ -38,12 +44,16 @@ class _Plan:
 
 
 def _digest(settings: Settings, config: ModelConfig) -> str:
+    folder = _folder(settings)
+    return config_digest(config) if folder is None else model_digest(folder)
+
+
+def _folder(settings: Settings) -> Path | None:
+    """Where the model's files are; None of random weights."""
     model = settings.model
     if model.load_format == "dummy":
-        return config_digest(config)
-    return model_digest(
-        resolve_model(model.name, model.revision, weights=False) if model.tp_dir is None else model.tp_dir
-    )
+        return None
+    return resolve_model(model.name, model.revision, weights=False) if model.tp_dir is None else model.tp_dir
 
 
 def print_plan(settings: Settings, group: TPGroup, console: Console) -> None:
@@ -54,7 +64,7 @@ def print_plan(settings: Settings, group: TPGroup, console: Console) -> None:
     plan = _Plan(settings, group)
     console.print(
         f"{settings.model_name}, {group.size} rank{'s' * (group.size != 1)}: {settings.num_warmup} + "
-        f"{settings.num_iters} rounds of random tokens (seed {settings.model.seed})",
+        f"{settings.num_iters} rounds of {plan.prompt.name}",
         soft_wrap=True,
     )
     for num_tokens, columns in plan.columns.items():

@@ -6,7 +6,7 @@ from engine.bench.result_files import Status
 from engine.errors import InputError
 
 # What all results in one save directory have in common, and what of it is in the environment.
-_SAME = ("model_name", "model_digest", "load_format", "seed")
+_SAME = ("model_name", "model_digest", "load_format", "seed", "prompt", "prompt_digest")
 SAME_ENVIRONMENT = (
     "device_name", "dtype", "world_size", "num_threads", "attention_backend", "operations_backend",
 )  # fmt: skip

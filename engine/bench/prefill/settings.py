@@ -22,6 +22,7 @@ class Settings:
     contexts: tuple[int, ...]
     num_iters: int
     num_warmup: int
+    prompt_file: Path | None = None  # whose beginning is read; None: random tokens
     attention_backend: str | None = None
     operations_backend: str | None = None
 

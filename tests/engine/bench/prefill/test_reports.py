@@ -29,6 +29,8 @@ def result(prefill="dense", num_tokens=4096, ms=(400.0, 400.0, 400.0), density=(
         "load_format": "auto",
         "prefill": prefill,
         "attention": "hydragen",
+        "prompt": "random tokens (seed 0)",
+        "prompt_digest": "",
         "seed": 0,
         "environment": environment | changes.pop("env", {}),
         "predicted_bytes": 2**30,
