@@ -123,7 +123,7 @@ class TestMeasuring:
         params = SamplingParams(temperature=0, max_tokens=1)
         assert llm.generate([tokens], params)[0].outputs[0].token_ids == (one.first_token,)
         # Words repeat, so the estimate is another than that of random tokens.
-        others = (*arguments[:5], "--attn-type", sparse, "--context-window", 700)
+        others = (*arguments[:6], "--attn-type", sparse, "--context-window", 700)
         assert prefill("--save-dir", out.parent / "random", *others).status == 0
         drawn = results(out.parent / "random")[sparse, 700]
         assert (drawn.prompt, drawn.prompt_digest) == ("random tokens (seed 0)", "")
