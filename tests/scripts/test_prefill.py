@@ -109,7 +109,7 @@ class TestMeasuring:
 
     def test_reading_a_text(self, out, book):
         arguments = ("--device", "cpu", "--num-iters", 1, "--num-warmup", 0, "--prompt-file", book)
-        sparse = "vertical_slash:num_vertical=30:num_slash=100:dense_below=64"
+        sparse = "vertical_slash:num_vertical=60:num_slash=120:dense_below=64"
         arguments = (*arguments, "--attn-type", f"dense,{sparse}", "--context-window", "700,99999")
         plan = prefill("--save-dir", out, *arguments, "--dry-run")
         assert plan.stdout.splitlines()[0] == "assets/retrieval-1m, 1 rank: 0 + 1 rounds of text of book.txt"
