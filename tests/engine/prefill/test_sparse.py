@@ -5,7 +5,10 @@ import torch
 from generating import generate, mixed_heads, prompts
 from models import assert_close, hf_model, our_engine
 from ranks import run_ranks
+from tensor_memory import TensorMemory
 
+from engine import tree_room
+from engine.activations import tree_activation_bytes
 from engine.engine import Levels
 from engine.errors import InputError
 from kernels.sparse import SparseRows, lower
@@ -157,3 +160,30 @@ def test_backends(monkeypatch):
 def test_a_window_is_refused():
     with pytest.raises(InputError, match="has a sliding window of 7 tokens; accepted for such a model: dense"):
         our_engine(hf_model("mistral, window"), prefill=A_SHAPE)
+
+
+def test_masks_have_room(monkeypatch):
+    """Few tokens behind a long prefix, whose mask takes more than their states."""
+    predicted = []
+
+    def watched(*arguments):
+        predicted.append(tree_activation_bytes(*arguments))
+        return predicted[-1]
+
+    monkeypatch.setattr(tree_room, "tree_activation_bytes", watched)
+
+    def peak(prefill):
+        """Bytes that the second of two levels took, and was predicted to take."""
+        ours = our_engine(hf_model("llama", max_position_embeddings=8192), prefill=prefill)
+        ours.setup_caches(8192)
+        for prompt in ([3, 5, 8, 13] * 1900, [7] * 70):
+            predicted.clear()
+            with TensorMemory() as memory:
+                ours.append_shared([prompt])
+        return memory.peak, max(predicted)
+
+    sparse = "vertical_slash:num_vertical=50:num_slash=200:dense_below="
+    (dense, of_dense), (masked, of_masked), short = peak("dense"), peak(f"{sparse}70"), peak(f"{sparse}71")
+    # The rotary table, which both make, is in neither prediction.
+    assert of_dense < masked - dense <= of_masked < 2 * masked
+    assert short == (dense, of_dense)
