@@ -20,6 +20,7 @@ import triton.language as tl
 from kernels.gpu.attention_items import HeadShape, Item, Layout, lay_out
 from kernels.gpu.launch import on_device
 from kernels.gpu.merge import merge_stacked
+from kernels.gpu.softmax_sums import begin_sums, cut_head_dim, store_sums, take_block
 from kernels.merge import merge_states
 from kernels.segment import Segment
 
@@ -29,55 +30,6 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _COLUMNS = tl.constexpr(int(Item.COUNT))
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _LOG_2 = tl.constexpr(math.log(2))
-
-
-@triton.jit
-def _load(pointers, is_row, is_column, ROWS_MASKED: tl.constexpr, COLUMNS_MASKED: tl.constexpr):
-    """A block, 0 where it is masked. Loads without a mask are the faster ones."""
-    if ROWS_MASKED and COLUMNS_MASKED:
-        return tl.load(pointers, mask=is_row & is_column, other=0.0)
-    elif ROWS_MASKED:
-        return tl.load(pointers, mask=is_row, other=0.0)
-    elif COLUMNS_MASKED:
-        return tl.load(pointers, mask=is_column, other=0.0)
-    else:
-        return tl.load(pointers)
-
-
-@triton.jit
-def take_block(
-    q_main, q_rest, best, total, out_main, out_rest,
-    k_rows, v_rows, is_key, sees, scale,
-    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Takes a block of keys into the sums of all rows of a tile. ``k_rows (1, N)`` and ``v_rows (N, 1)`` point to their
-    rows. With ``MASKED`` only those of ``is_key (N,)`` are read, and a row takes those of ``sees (M or 1, N)``."""
-    main = tl.arange(0, MAIN)
-    is_main = main < HEAD_DIM
-    if REST > 0:
-        rest = MAIN + tl.arange(0, REST)
-        is_rest = rest < HEAD_DIM
-    k_main = _load(k_rows + main[:, None], is_key[None, :], is_main[:, None], MASKED, MAIN > HEAD_DIM)
-    # In float32 by float32's own products, not by TF32's.
-    scores = tl.dot(q_main, k_main, input_precision="ieee")
-    if REST > 0:
-        k_rest = _load(k_rows + rest[:, None], is_key[None, :], is_rest[:, None], MASKED, MAIN + REST > HEAD_DIM)
-        scores = tl.dot(q_rest, k_rest, scores, input_precision="ieee")
-    if MASKED:
-        scores = tl.where(sees, scores, float("-inf"))
-    new_best = tl.maximum(best, tl.max(scores, 1) * scale)
-    # A row that has seen no key yet: any finite shift makes its probabilities 0.
-    shift = tl.where(new_best == float("-inf"), 0.0, new_best)
-    probs = tl.exp2(scores * scale - shift[:, None])
-    rescale = tl.exp2(best - shift)
-    best, total = new_best, total * rescale + tl.sum(probs, 1)
-    v_main = _load(v_rows + main[None, :], is_key[:, None], is_main[None, :], MASKED, MAIN > HEAD_DIM)
-    probs = probs.to(v_main.dtype)
-    out_main = tl.dot(probs, v_main, out_main * rescale[:, None], input_precision="ieee")
-    if REST > 0:
-        v_rest = _load(v_rows + rest[None, :], is_key[:, None], is_rest[None, :], MASKED, MAIN + REST > HEAD_DIM)
-        out_rest = tl.dot(probs, v_rest, out_rest * rescale[:, None], input_precision="ieee")
-    return best, total, out_main, out_rest
 
 
 @triton.jit
@@ -155,20 +107,9 @@ def _attend(
         end = num_keys
         whole_end = num_keys // BLOCK_N * BLOCK_N
 
-    main = tl.arange(0, MAIN)
-    is_main = main < HEAD_DIM
     q_base = q_ptr + q_start * q_stride + head * GROUP * q_head_stride
     q_rows = q_base + query.to(tl.int64)[:, None] * q_stride + q_head[:, None] * q_head_stride
-    q_main = tl.load(q_rows + main[None, :], mask=is_query[:, None] & is_main[None, :], other=0.0)
-    out_main = tl.zeros([BLOCK_M, MAIN], tl.float32)
-    q_rest, out_rest = q_main, out_main
-    if REST > 0:
-        rest = MAIN + tl.arange(0, REST)
-        is_rest = rest < HEAD_DIM
-        q_rest = tl.load(q_rows + rest[None, :], mask=is_query[:, None] & is_rest[None, :], other=0.0)
-        out_rest = tl.zeros([BLOCK_M, REST], tl.float32)
-    best = tl.full([BLOCK_M], float("-inf"), tl.float32)  # of the scores so far, in base 2
-    total = tl.zeros([BLOCK_M], tl.float32)  # of exp2(score - best)
+    q_main, q_rest, best, total, out_main, out_rest = begin_sums(q_rows, is_query, HEAD_DIM, MAIN, REST, BLOCK_M)
 
     k_base = k_ptr + k_start * k_stride + head * k_head_stride
     v_base = v_ptr + k_start * v_stride + head * v_head_stride
@@ -187,6 +128,11 @@ def _attend(
     mask = is_query[:, None]
     target = (q_start + query) * num_heads + head * GROUP + q_head
     if MERGES:
+        main = tl.arange(0, MAIN)
+        is_main = main < HEAD_DIM
+        if REST > 0:
+            rest = MAIN + tl.arange(0, REST)
+            is_rest = rest < HEAD_DIM
         # A plane's state is one key more, of score ``lse`` and value ``out``.
         for other in range(num_planes):
             places = target + tl.cast(other, tl.int64) * plane_stride
@@ -210,24 +156,7 @@ def _attend(
         target += plane * plane_stride
         mask &= ~is_empty[:, None]  # an empty state's lse says that it has no output
     tl.store(lse_ptr + target, lse, mask=is_query)
-    inverse = (1.0 / safe_total)[:, None]
-    out_rows = out_ptr + target[:, None] * HEAD_DIM
-    element = out_ptr.dtype.element_ty
-    tl.store(out_rows + main[None, :], (out_main * inverse).to(element), mask=mask & is_main[None, :])
-    if REST > 0:
-        tl.store(out_rows + rest[None, :], (out_rest * inverse).to(element), mask=mask & is_rest[None, :])
-
-
-def cut_head_dim(head_dim: int) -> tuple[int, int]:
-    """Two powers of two, the second possibly 0, that hold a head dimension: 80 is 64 and 16, 128 is 128 and 0."""
-    main = 16
-    while 2 * main <= head_dim:
-        main *= 2
-    rest = head_dim - main
-    if rest <= 0:
-        return main, 0
-    rest = max(16, 1 << (rest - 1).bit_length())
-    return (main, rest) if rest < main else (2 * main, 0)
+    store_sums(out_ptr + target[:, None] * HEAD_DIM, out_main, out_rest, safe_total, mask, HEAD_DIM, MAIN, REST)
 
 
 class TritonPlan:

@@ -13,8 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.attention import check, cut_head_dim, take_block
+from kernels.gpu.attention import check
 from kernels.gpu.launch import on_device
+from kernels.gpu.softmax_sums import begin_sums, cut_head_dim, store_sums, take_block
 from kernels.sparse.index import SparseIndex
 from kernels.sparse.rows import TILE, SparseRows
 from kernels.sparse.tasks import Piece, Task, make_pieces, make_tasks
@@ -76,19 +77,8 @@ def _attend_sparse(
 
     query = tl.arange(0, BLOCK_M)
     is_query = query < num_queries
-    main = tl.arange(0, MAIN)
-    is_main = main < HEAD_DIM
     q_rows = q_ptr + (first_query + query)[:, None] * q_stride + head * q_head_stride
-    q_main = tl.load(q_rows + main[None, :], mask=is_query[:, None] & is_main[None, :], other=0.0)
-    out_main = tl.zeros([BLOCK_M, MAIN], tl.float32)
-    q_rest, out_rest = q_main, out_main
-    if REST > 0:
-        rest = MAIN + tl.arange(0, REST)
-        is_rest = rest < HEAD_DIM
-        q_rest = tl.load(q_rows + rest[None, :], mask=is_query[:, None] & is_rest[None, :], other=0.0)
-        out_rest = tl.zeros([BLOCK_M, REST], tl.float32)
-    best = tl.full([BLOCK_M], float("-inf"), tl.float32)  # of the scores so far, in base 2
-    total = tl.zeros([BLOCK_M], tl.float32)  # of exp2(score - best)
+    q_main, q_rest, best, total, out_main, out_rest = begin_sums(q_rows, is_query, HEAD_DIM, MAIN, REST, BLOCK_M)
 
     of_head = row * num_heads + head
     is_dense = tl.load(dense_from_ptr + of_head) <= tile
@@ -159,12 +149,8 @@ def _attend_sparse(
     # Every query sees itself at least: no total is 0.
     target = (first_query + query) * num_heads + head
     tl.store(lse_ptr + target, (best + tl.log2(total)) * _LOG_2, mask=is_query)
-    inverse = (1.0 / total)[:, None]
     out_rows = out_ptr + target[:, None] * HEAD_DIM
-    element = out_ptr.dtype.element_ty
-    tl.store(out_rows + main[None, :], (out_main * inverse).to(element), mask=is_query[:, None] & is_main[None, :])
-    if REST > 0:
-        tl.store(out_rows + rest[None, :], (out_rest * inverse).to(element), mask=is_query[:, None] & is_rest[None, :])
+    store_sums(out_rows, out_main, out_rest, total, is_query[:, None], HEAD_DIM, MAIN, REST)
 
 
 class TritonTasks:
