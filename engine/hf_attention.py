@@ -10,7 +10,8 @@ generated, see all keys. Batches may be padded on either side, and the cache may
 Shapes: B batch, H query heads, Hkv KV heads, Q queries, N keys, D head dimension, T queries of all members.
 """
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -27,7 +28,7 @@ from kernels.sparse import SparsePlan, SparseRows, lower
 
 _PREFIX = "tributary_"
 # Of what models hand to their attention: what changes the result, and no kernel here has.
-_REFUSED = ("sliding_window", "softcap", "s_aux", "position_bias")
+_REFUSED = ("sliding_window", "softcap", "s_aux", "position_bias", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
 def register_sparse_attention(prefill: str = MINFERENCE) -> str:
@@ -56,10 +57,21 @@ def _mask(
     kv_length: int,
     q_offset: int = 0,
     attention_mask: torch.Tensor | None = None,
+    mask_function: Callable[..., Any] | None = None,
     **_: Any,
 ) -> torch.Tensor | None:
     """What ``_Attention`` takes as its mask: ``(B, N)`` bool, which keys up to the last query are none of padding; None
-    where there is no padding and no key beyond the last query."""
+    where there is no padding and no key beyond the last query.
+
+    Raises ValueError where more than padding and causality is asked for, as with packed documents.
+    """
+    from transformers.masking_utils import causal_mask_function
+
+    if mask_function not in (None, causal_mask_function):
+        raise ValueError(
+            "the model asks for a mask other than causal: a sliding window, chunks, packed documents (position_ids "
+            "that begin anew) or one of its own; accepted: causal masks and padding; use another attn_implementation"
+        )
     num_keys = int(q_offset) + q_length
     if attention_mask is None:
         mask = torch.ones(batch_size, num_keys, dtype=torch.bool)
@@ -86,6 +98,8 @@ class _Attention:
         self._heads = cache(self._find_heads)
 
     def _find_heads(self, model_name: str, num_layers: int, num_heads: int) -> HeadPatterns:
+        if note := self._method.note(model_name):
+            print(f"notice: {note}", file=sys.stderr)
         return self._method.heads(model_name, _Shape(num_layers, num_heads))
 
     def __call__(
@@ -104,7 +118,7 @@ class _Attention:
 
         Raises ValueError for what a model asks for and this does not have: gradients, dropout, windows, biases.
         """
-        self._check(module, query, dropout, is_causal, more)
+        self._check(module, query, value, dropout, is_causal, more)
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
         spans = _spans(attention_mask, query.shape[0], key.shape[2])
         k_SHD, v_SHD, starts = as_arenas(key, value)
@@ -152,7 +166,13 @@ class _Attention:
         return plan.run(q_THD, k_SHD, v_SHD, index, scale)[0].to(q_THD.dtype)
 
     def _check(
-        self, module: torch.nn.Module, query: torch.Tensor, dropout: float, is_causal: bool | None, more: dict[str, Any]
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        value: torch.Tensor,
+        dropout: float,
+        is_causal: bool | None,
+        more: dict[str, Any],
     ) -> None:
         name = _PREFIX + self._method.name
         if torch.is_grad_enabled() and query.requires_grad:
@@ -161,6 +181,11 @@ class _Attention:
             raise ValueError(f"{name} has no dropout, and {dropout} was asked for; accepted: 0; call model.eval()")
         if is_causal is False or getattr(module, "is_causal", True) is False:
             raise ValueError(f"{name} is causal, and {type(module).__name__} is not; use another attn_implementation")
+        if query.shape[3] != value.shape[3]:
+            raise ValueError(
+                f"{name} has one head dimension, and {type(module).__name__} has {query.shape[3]} for queries and "
+                f"{value.shape[3]} for values; use another attn_implementation"
+            )
         for option in _REFUSED:
             if more.get(option) is not None:
                 raise ValueError(
@@ -177,11 +202,9 @@ def _spans(mask: torch.Tensor | None, batch_size: int, num_keys: int) -> list[tu
             f"the attention mask has shape {tuple(mask.shape)}; accepted: (batch, keys), of padding at the beginning "
             "or the end; leave it out, or use another attn_implementation"
         )
-    spans = []
-    for row in mask.tolist():
-        count = sum(map(bool, row))
-        begin = row.index(True) if count else 0
-        if not all(row[begin : begin + count]):
-            raise ValueError("the attention mask has holes; accepted: padding at the beginning or the end of a prompt")
-        spans.append((begin, begin + count))
-    return spans
+    mask = mask.cpu().numpy().astype(bool)  # as a loop in Python it would take longer than a decode step
+    counts, begins = mask.sum(1), mask.argmax(1)
+    ends = np.where(counts > 0, mask.shape[1] - mask[:, ::-1].argmax(1), begins)
+    if (ends - begins != counts).any():
+        raise ValueError("the attention mask has holes; accepted: padding at the beginning or the end of a prompt")
+    return list(zip(begins.tolist(), ends.tolist(), strict=True))

@@ -26,7 +26,7 @@ def read_options(what: str, options: Sequence[str], accepted: Sequence[str]) -> 
 
 def read_integer(what: str, key: str, value: str) -> int:
     if not value.isdecimal() or len(value) > 9:
-        raise InputError(f"{what}: {key} is {value!r}; accepted: an integer")
+        raise InputError(f"{what}: {key} is {value!r}; accepted: an integer from 0 to 999999999")
     return int(value)
 
 

@@ -40,4 +40,6 @@ def random_index(rows: SparseRows, H: int, seed=0, density=0.3) -> SparseIndex:
     size = max(1, K // 3)
     tiles = torch.rand(R, int(listed.sum()), int(rows.num_tiles.max()), K, generator=generator).argsort(-1)[..., :size]
     tiles_of_head = torch.where(listed, listed.cumsum(0) - 1, -1)
-    return SparseIndex.of(distances, columns, dense_from, tiles.int(), tiles_of_head)
+    index = SparseIndex.of(distances, columns, dense_from, tiles.int().sort(-1).values, tiles_of_head)
+    index.check()
+    return index

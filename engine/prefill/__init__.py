@@ -3,7 +3,6 @@
 from engine.prefill.head_config import get_support_models
 from engine.prefill.method import (
     DENSE,
-    DENSE_BELOW,
     MINFERENCE,
     PREFILL_METHODS,
     PrefillMethod,
@@ -14,6 +13,6 @@ from engine.prefill.method import (
 from engine.prefill.sparse import SparsePrefill
 
 __all__ = [
-    "DENSE", "DENSE_BELOW", "MINFERENCE", "PREFILL_METHODS", "PrefillMethod", "SparsePrefill", "check_prefill",
+    "DENSE", "MINFERENCE", "PREFILL_METHODS", "PrefillMethod", "SparsePrefill", "check_prefill",
     "get_support_models", "method_order", "parse_prefill",
 ]  # fmt: skip

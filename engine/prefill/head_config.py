@@ -51,6 +51,11 @@ def find_head_config(name: str) -> Path | None:
     return next((_FOLDER / file for known, file in _BY_LOWER_NAME.items() if known.rpartition("/")[2] == last), None)
 
 
+def is_published(name: str) -> bool:
+    """Whether a model's Hub id is one that a published file is for, and not only of the same name."""
+    return name.lower() in _BY_LOWER_NAME
+
+
 def read_head_config(path: Path, num_layers: int, num_heads: int) -> HeadPatterns:
     """The patterns of a file. Raises InputError, naming what is wrong, unless each head of each layer has one."""
     try:

@@ -14,6 +14,7 @@ from engine.prefill.head_config import (
     HeadPatterns,
     find_head_config,
     get_support_models,
+    is_published,
     read_head_config,
 )
 from kernels.sparse.patterns import AShape, BlockSparse, Pattern, TriShape
@@ -64,8 +65,10 @@ class PrefillMethod:
 
     def note(self, model_name: str) -> str | None:
         """What a person should know of the choice that was made for a model; None where there was none."""
-        if self.name != MINFERENCE or self._file(model_name) is not None:
+        if self.name != MINFERENCE or self.config is not None or is_published(model_name):
             return None
+        if (found := self._file(model_name)) is not None:
+            return f"{model_name} is read by the published configuration of a model of its name, {found.name}"
         return (
             f"no published configuration for {model_name}: each head keeps {DEFAULT_PATTERN.num_vertical} verticals "
             f"and {DEFAULT_PATTERN.num_slash} slashes; tools/search_sparse_heads.py finds one"
@@ -103,6 +106,8 @@ def parse_prefill(text: str | None) -> PrefillMethod:
 
     Raises InputError for a method or an option that there is not, and for a value that it cannot have.
     """
+    if text is not None and not isinstance(text, str):
+        raise InputError(f"prefill is {text!r}; accepted: the name of a method, of {', '.join(PREFILL_METHODS)}")
     text = DENSE if text is None else text.strip()
     name, options = split_named(text)
     if name not in PREFILL_METHODS:

@@ -15,6 +15,8 @@ from kernels.sparse.index import NOTHING, SparseIndex, num_distances
 from kernels.sparse.patterns import AShape, BlockSparse, Pattern, VerticalSlash, distances_of_slashes, lower
 from kernels.sparse.rows import SparseRows
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
@@ -39,7 +41,7 @@ def vertical_slash_sparse_attention(
 
     Raises ValueError for tensors that do not fit together, and indices out of range (which waits for the device).
     """
-    if isinstance(v_idx, int) and isinstance(s_idx, int):
+    if type(v_idx) is int and type(s_idx) is int:
         return _of_pattern(q, k, v, VerticalSlash(v_idx, s_idx), scale, return_lse, backend)
     _check(q, k, v)
     N = k.shape[2]
@@ -84,7 +86,15 @@ def streaming_forward(
     return _of_pattern(q, k, v, AShape(n_init, n_local), scale, return_lse, backend)
 
 
-def _of_pattern(q, k, v, pattern: Pattern, scale, return_lse: bool, backend) -> Result:
+def _of_pattern(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: Pattern,
+    scale: float | None,
+    return_lse: bool,
+    backend: Backend | str | None,
+) -> Result:
     _check(q, k, v)
     patterns = [pattern] * q.shape[1]
     return _run(q, k, v, lambda *packed: lower(patterns, *packed), scale, return_lse, backend)
@@ -120,13 +130,17 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             f"{shapes}; accepted: equal batch and head dimension, heads a multiple of KV heads, no more queries than "
             "keys, and none of these 0"
         )
+    if not q.is_floating_point():
+        raise ValueError(f"q, k and v are {q.dtype}; accepted: floating-point numbers")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise ValueError("sparse attention has no gradients; accepted: inference; call it in torch.no_grad()")
     if len({x.dtype for x in (q, k, v)}) > 1 or len({x.device for x in (q, k, v)}) > 1:
         found = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
         raise ValueError(f"q, k and v are {found}; accepted: one dtype, on one device")
 
 
 def _check_indices(name: str, indices: torch.Tensor, q: torch.Tensor, num_keys: int) -> None:
-    if not isinstance(indices, torch.Tensor) or indices.is_floating_point() or indices.shape[:-1] != q.shape[:2]:
+    if not isinstance(indices, torch.Tensor) or indices.dtype not in _INTEGERS or indices.shape[:-1] != q.shape[:2]:
         found = f"{tuple(indices.shape)} {indices.dtype}" if isinstance(indices, torch.Tensor) else repr(indices)
         raise ValueError(
             f"{name} is {found}; accepted: integers (batch, heads, any) = {tuple(q.shape[:2])} and any, or two "

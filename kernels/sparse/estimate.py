@@ -37,12 +37,15 @@ def estimate_vertical_slash(
     q_HLD = q_QHD[-LAST_QUERIES:][:, heads].transpose(0, 1)
     L, columns, distances = q_HLD.shape[1], [], []
     at_once = min(len(heads), max(1, max_bytes(q_HLD.device) // (4 * L * N)))
+    # Above any sum; where a budget is smaller, the first and the nearest come first.
+    always = 1e6 - torch.arange(min(N, max(FIRST_KEYS, NEAREST)), dtype=torch.float32, device=q_HLD.device)
     room = torch.empty(at_once, L, N, dtype=torch.float32, device=q_HLD.device)
     for first in range(0, len(heads), at_once):
         part = slice(first, first + at_once)
         kv_heads = [head // group for head in heads[part]]
         by_column, by_distance = _sums(q_HLD[part], k_pieces, kv_heads, scale, room[: len(kv_heads)])
-        by_column[:, :FIRST_KEYS] = by_distance[:, :NEAREST] = float("inf")
+        for sums, number in ((by_column, FIRST_KEYS), (by_distance, NEAREST)):
+            sums[:, :number] = always[:number]
         columns.append(_best(by_column, max(num_vertical), num_vertical[part]))
         distances.append(_best(by_distance, max(num_slash), num_slash[part]))
     return torch.cat(columns), torch.cat(distances)

@@ -63,7 +63,7 @@ class SparseIndex:
         tiles: torch.Tensor | None = None,
         tiles_of_head: torch.Tensor | None = None,
     ) -> "SparseIndex":
-        """With what there is of these; columns in any order. Distance 0 is put in."""
+        """With what there is of these; columns in any order, none twice. Distance 0 is put in."""
         R, H, _ = distances.shape
         distances = distances.clone()
         distances[..., 0] = True
@@ -94,6 +94,24 @@ class SparseIndex:
             indices[0].tiles_of_head,
         )
 
+    def check(self) -> None:
+        """Raises ValueError for tables that kernels would misread. It waits for the device, so it is for those who make
+        an index by hand, and for tests; ``lower`` makes none that are wrong."""
+        has_columns = (self.columns < NOTHING).any(-1).any(0)
+        problems = {
+            "distance 0 is not in": ~self.distances[..., 0],
+            "ranges are not those of the distances": _in_ranges(self.ranges, self.distances.shape[2]) != self.distances,
+            "ranges do not rise": self.ranges.flatten(2).diff(dim=-1) < 0,
+            "columns do not rise, or one is negative": _do_not_rise(self.columns),
+            "tiles do not rise, or one is negative": _do_not_rise(self.tiles),
+            "dense_from is negative": self.dense_from < 0,
+            "tiles_of_head names lists that there are not": self.tiles_of_head >= self.tiles.shape[1],
+            "a head has columns and tiles": has_columns & (self.tiles_of_head >= 0),
+        }
+        for problem, where in problems.items():
+            if where.any():
+                raise ValueError(f"a sparse index cannot be used: {problem}")
+
     @property
     def num_heads(self) -> int:
         return self.distances.shape[1]
@@ -102,6 +120,21 @@ class SparseIndex:
     def num_bytes(self) -> int:
         tensors = (self.distances, self.ranges, self.columns, self.dense_from, self.tiles, self.tiles_of_head)
         return sum(tensor.nbytes for tensor in tensors)
+
+
+def _in_ranges(ranges: torch.Tensor, num_distances: int) -> torch.Tensor:
+    """``(R, H, K)`` bool: which distances are in any of ``ranges (R, H, W, 2)``."""
+    edges = torch.zeros(*ranges.shape[:2], num_distances + 1, dtype=torch.int32, device=ranges.device)
+    for side, step in ((0, 1), (1, -1)):
+        places = ranges[..., side].long().clamp(0, num_distances)
+        edges.scatter_add_(-1, places, torch.full_like(places, step, dtype=torch.int32))
+    return edges.cumsum(-1)[..., :-1] > 0
+
+
+def _do_not_rise(places: torch.Tensor) -> torch.Tensor:
+    """Where ``(..., C)`` has no place above the one before it, or above -1; after the last there is NOTHING."""
+    before = F.pad(places[..., :-1], (1, 0), value=-1)
+    return (places <= before) & ~((places == NOTHING) & (before == NOTHING))
 
 
 def num_distances(num_keys: int) -> int:

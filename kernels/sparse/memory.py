@@ -76,7 +76,8 @@ def _vertical_slash_bytes(
     num_heads, group = len(lines), min(len(lines), len(patterns) // num_kv_heads)
     of_head = _FLOAT32 * np.minimum(Q, LAST_QUERIES) * N
     probabilities = np.minimum(num_heads * of_head, np.maximum(of_head, max_bytes(device)))
-    scores = 2 * group * of_head  # of a group: in pieces, and in one
+    at_once = np.maximum(max_bytes(device) // np.maximum(of_head, 1), 1)
+    scores = 2 * np.minimum(group, at_once) * of_head  # of a group: in pieces, and in one
     keys, sums = N * D * _FLOAT32, _SUMS * _FLOAT32 * num_heads * N
     return probabilities + scores + keys + sums + num_heads * np.minimum(max(lines), 2 * N) * _MADE_OF_LINE
 

@@ -47,7 +47,8 @@ class TriShape:
 @dataclass(frozen=True)
 class VerticalSlash:
     """``num_vertical`` keys that all later queries see, and ``num_slash`` distances: those that the last queries give
-    most of their attention to, estimated in every forward pass."""
+    most of their attention to, estimated in every forward pass. The first 30 keys and the nearest 100 distances come
+    before all others, so budgets up to these estimate nothing."""
 
     num_vertical: int
     num_slash: int

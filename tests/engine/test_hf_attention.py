@@ -5,8 +5,9 @@ import torch
 from generating import generate, mixed_heads, prompts
 from models import assert_close, hf_model, our_engine
 
-from engine import register_sparse_attention
+from engine import hf_attention, register_sparse_attention
 from engine.errors import InputError
+from engine.prefill import parse_prefill
 
 SPARSE = "a_shape:n_init=3:n_local=10:dense_below=32"
 
@@ -77,6 +78,20 @@ def test_dense_is_transformers_own():
         assert_close(model(torch.tensor([prompt])).logits, hf_model()(torch.tensor([prompt])).logits)
 
 
+def test_a_default_is_stated_once(capsys):
+    model = registered("minference:dense_below=32")
+    with torch.no_grad():
+        for _ in range(2):
+            model(torch.tensor(prompts(40)))
+    printed = capsys.readouterr().err
+    assert printed.count("notice: no published configuration for ") == 1
+
+
+def test_spans_of_padding():
+    mask = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1]])
+    assert hf_attention._spans(mask, 4, 4) == [(1, 3), (0, 4), (0, 0), (3, 4)]
+
+
 class TestRefused:
     def test_gradients(self):
         model = registered(SPARSE)
@@ -90,8 +105,28 @@ class TestRefused:
 
     def test_windows(self):
         model = registered(SPARSE, "mistral, window")
-        with torch.no_grad(), pytest.raises(ValueError, match="no sliding_window, which MistralAttention asks for"):
+        with torch.no_grad(), pytest.raises(ValueError, match="asks for a mask other than causal: a sliding window"):
             model(torch.tensor(prompts(50)))
+        # Asked without its mask, as a model that makes none for itself would.
+        attention = model.model.layers[0].self_attn
+        q, kv = torch.zeros(1, 4, 50, 16), torch.zeros(1, 2, 50, 16)
+        with torch.no_grad(), pytest.raises(ValueError, match="no sliding_window, which MistralAttention asks for"):
+            hf_attention._Attention(parse_prefill(SPARSE))(attention, q, kv, kv, None, sliding_window=8)
+
+    def test_packed_documents(self):
+        model, positions = registered(SPARSE), torch.cat([torch.arange(30), torch.arange(20)])[None]
+        with torch.no_grad(), pytest.raises(ValueError, match="packed documents .* use another attn_implementation"):
+            model(torch.tensor(prompts(50)), position_ids=positions, use_cache=False)
+        attention = model.model.layers[0].self_attn
+        q, kv = torch.zeros(1, 4, 50, 16), torch.zeros(1, 2, 50, 16)
+        with torch.no_grad(), pytest.raises(ValueError, match="no cu_seq_lens_q, which LlamaAttention asks for"):
+            hf_attention._Attention(parse_prefill(SPARSE))(attention, q, kv, kv, None, cu_seq_lens_q=positions[0])
+
+    def test_values_of_another_size(self):
+        attention = registered(SPARSE).model.layers[0].self_attn
+        q, k, v = torch.zeros(1, 4, 50, 16), torch.zeros(1, 2, 50, 16), torch.zeros(1, 2, 50, 8)
+        with torch.no_grad(), pytest.raises(ValueError, match="LlamaAttention has 16 for queries and 8 for values"):
+            hf_attention._Attention(parse_prefill(SPARSE))(attention, q, k, v, None)
 
     def test_masks_with_holes_and_of_other_shapes(self):
         model, mask = registered(SPARSE), torch.ones(1, 50, dtype=torch.int64)

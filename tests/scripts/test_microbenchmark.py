@@ -137,6 +137,8 @@ def test_a_dry_run_does_nothing(out, monkeypatch):
         (["2", "8", "4", *PREFILL[:3], ""], ["prefill '' is not known"]),
         (["2", "8", "4", *PREFILL[:3], "minference"], ["minference has a pattern for each head", "scripts/prefill.py"]),
         (["2", "8", "4", *PREFILL[:3], "a_shape:dense_below=1"], ["has the option dense_below", "leave it out"]),
+        (["2", "8", "4", *PREFILL[:3], "a_shape:dense_below=2048"], ["has the option dense_below", "leave it out"]),
+        (["2", "0", "0", "--mode", "prefill"], ["NUM_UNIQUE 0 leaves nothing to read in mode prefill"]),
         (
             ["2", "8", "4", *PREFILL[:3], "a_shape,a_shape:n_local=4096"],
             ["--prefill has a_shape and a_shape:n_local=4096, which are the same"],

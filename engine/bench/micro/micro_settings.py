@@ -12,7 +12,7 @@ from engine.bench.micro.micro_results import OPERATIONS_MODE, PREFILL_MODE, Size
 from engine.bench.ranges import check_combinations
 from engine.errors import InputError
 from engine.loader import DTYPES
-from engine.prefill import DENSE_BELOW, MINFERENCE, PREFILL_METHODS, PrefillMethod, parse_prefill
+from engine.prefill import MINFERENCE, PREFILL_METHODS, PrefillMethod, parse_prefill
 from kernels import Backend, check_backend
 from kernels.sparse import available_sparse_backends
 
@@ -74,7 +74,7 @@ def parse_methods(text: str | None, modes: Sequence[str]) -> tuple[PrefillMethod
                 f"prefill {method.text} has a pattern for each head of a model; accepted here: {', '.join(METHODS)}; "
                 "scripts/prefill.py times a model"
             )
-        if method.dense_below != DENSE_BELOW:
+        if any(option.startswith("dense_below=") for option in method.text.split(":")):
             raise InputError(
                 f"prefill {method.text} has the option dense_below; accepted here: a pattern's own, for all sizes are "
                 "timed; leave it out"
@@ -149,15 +149,15 @@ def make_grid(
         Sizes(b, s, u, u if unique_seq_len is None else unique_seq_len, q, k, d)
         for b, q, k, d, s, u in product(*ranges)
     )
-    if any(not (sizes.num_shared or sizes.unique_seq_len) for sizes in grid):
-        raise InputError(
-            "NUM_SHARED 0 with no unique keys leaves nothing to attend to; accepted: one of them above 0 in every "
-            "combination; use other ranges"
-        )
     if PREFILL_MODE in modes and not all(sizes.unique_seq_len for sizes in grid):
         raise InputError(
             f"NUM_UNIQUE 0 leaves nothing to read in mode {PREFILL_MODE}; accepted: 1 or more new tokens of each "
             "sequence in every combination; use other ranges"
+        )
+    if any(not (sizes.num_shared or sizes.unique_seq_len) for sizes in grid):
+        raise InputError(
+            "NUM_SHARED 0 with no unique keys leaves nothing to attend to; accepted: one of them above 0 in every "
+            "combination; use other ranges"
         )
     return grid
 

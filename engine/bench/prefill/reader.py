@@ -43,13 +43,13 @@ class Reader:
     def density(self, prompt: Sequence[int]) -> tuple[float, ...]:
         """Of each layer what part of attention's work is done for the prompt, in the mean over all ranks' heads.
 
-        Counting takes time and memory, so this is a reading of its own.
+        Counting takes time and memory, so this is a reading of its own, which of every method is the first.
         """
-        if self.column.streaming is not None:
-            return (_streaming_density(self.column.streaming, len(prompt)),) * self._num_layers
         sparse = self._engine.sparse_prefill
         if sparse is None:
-            return (1.0,) * self._num_layers
+            self.first_token(prompt)  # as warm as the others for what is timed
+            method = self.column.streaming
+            return (1.0 if method is None else _streaming_density(method, len(prompt)),) * self._num_layers
         with sparse.measured() as density:
             self.first_token(prompt)
         # Nothing was sparse where the prompt was too short.

@@ -86,6 +86,7 @@ class TestConfigurations:
     def test_an_unknown_model_gets_a_stated_default(self):
         method = parse_prefill("minference")
         assert set(sum(method.heads("tiny", TINY), ())) == {DEFAULT_PATTERN}
+        assert method.note("someone/Llama-3.1-8B-Instruct").startswith("someone/Llama-3.1-8B-Instruct is read by the ")
         assert method.note("tiny").startswith("no published configuration for tiny: each head keeps 1000 verticals")
 
     def test_every_type(self, tmp_path):

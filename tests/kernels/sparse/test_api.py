@@ -34,7 +34,7 @@ def assert_result(result, expected):
 
 def test_vertical_slash_takes_indices(qkv):
     g = torch.Generator().manual_seed(1)
-    verticals, slashes = torch.randint(N, (B, H, 9), generator=g), torch.randint(N, (B, H, 3), generator=g)
+    verticals, slashes = torch.randint(N, (B, H, 9), generator=g), torch.randint(70, (B, H, 1), generator=g)
     verticals[..., 0] = verticals[..., 1]  # one comes twice
     query, key = torch.arange(N - Q, N)[:, None], torch.arange(N)
     mask = torch.zeros(B, H, Q, N, dtype=torch.bool)
@@ -139,6 +139,9 @@ def test_tensors_that_do_not_fit(arguments, message):
         (torch.zeros(B, H, 1), torch.zeros(B, H, 1).int(), r"v_idx is \(2, 4, 1\) torch.float32; accepted: integers"),
         (torch.zeros(B, 1, 1).int(), torch.zeros(B, H, 1).int(), r"v_idx is \(2, 1, 1\)"),
         (torch.zeros(B, H, 1).int(), 5, "s_idx is 5; accepted: integers"),
+        (torch.zeros(B, H, 1).bool(), torch.zeros(B, H, 1).int(), r"v_idx is \(2, 4, 1\) torch.bool; accepted: int"),
+        (torch.zeros(B, H, 1).cfloat(), torch.zeros(B, H, 1).int(), r"v_idx is \(2, 4, 1\) torch.complex64"),
+        (True, True, "v_idx is True; accepted: integers"),
         (torch.full((B, H, 1), N), torch.zeros(B, H, 1).int(), "v_idx goes from 300 to 300; accepted: from 0 to 299"),
         (torch.zeros(B, H, 1).int(), torch.full((B, H, 1), -1), "s_idx goes from -1 to -1"),
         (-1, 4, "num_vertical is -1"),
@@ -147,3 +150,13 @@ def test_tensors_that_do_not_fit(arguments, message):
 def test_indices_that_do_not_fit(qkv, v_idx, s_idx, message):
     with pytest.raises(ValueError, match=message):
         vertical_slash_sparse_attention(*qkv, v_idx, s_idx)
+
+
+def test_integers_and_gradients_are_refused(qkv):
+    with pytest.raises(ValueError, match="q, k and v are torch.int32; accepted: floating-point numbers"):
+        streaming_forward(*(x.int() for x in qkv), 1, 1)
+    q, k, v = qkv
+    with pytest.raises(ValueError, match="no gradients; accepted: inference"):
+        block_sparse_attention(q, k.requires_grad_(), v, 1)
+    with torch.no_grad():
+        assert block_sparse_attention(q, k, v, 1).isfinite().all()

@@ -1,5 +1,7 @@
 """What each pattern lets through, and that estimates find what was planted."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from kernels.sparse import (
     AShape,
     BlockSparse,
     Dense,
+    SparseIndex,
     SparseRows,
     TriShape,
     VerticalSlash,
@@ -17,7 +20,7 @@ from kernels.sparse import (
     num_seen,
 )
 from kernels.sparse.estimate import FIRST_KEYS, NEAREST, estimate_tiles, estimate_vertical_slash
-from kernels.sparse.index import NOTHING
+from kernels.sparse.index import NOTHING, num_distances
 from kernels.sparse.reference import expanded_mask
 
 
@@ -179,10 +182,49 @@ def test_counts_are_those_of_the_mask(histories, seed):
     assert num_pairs(rows) == causal
 
 
+def test_small_budgets_are_the_first_keys_and_the_nearest_distances():
+    """Whatever the scores: these come before all others, in order."""
+    g = torch.Generator().manual_seed(2)
+    q, k = torch.randn(70, 1, 16, generator=g), torch.randn(500, 1, 16, generator=g)
+    columns, distances = estimate_vertical_slash(q, [k], [0], [7], [9], 0.25)
+    assert (sorted(columns[0].tolist()), sorted(distances[0].tolist())) == (list(range(7)), list(range(9)))
+
+
+@pytest.mark.parametrize("histories", [[(150, [150])], [(5, [40, 200]), (64, [64]), (0, [3])]])
+def test_every_index_that_is_made_can_be_used(histories):
+    patterns = [Dense(), AShape(3, 70), TriShape(0, 1, 5), VerticalSlash(40, 110), BlockSparse(2), VerticalSlash(0, 1)]
+    rows, index, _ = masks(patterns, histories)
+    index.check()
+    random_index(rows, 6).check()
+
+
+@pytest.mark.parametrize(
+    ("table", "value", "problem"),
+    [
+        ("columns", [[[5, 5]]], "columns do not rise, or one is negative"),
+        ("columns", [[[-1, 5]]], "columns do not rise, or one is negative"),
+        ("columns", [[[NOTHING, 5]]], "columns do not rise"),
+        ("tiles", [[[[1, 1]]]], "tiles do not rise"),
+        ("tiles_of_head", [0], "a head has columns and tiles"),
+        ("tiles_of_head", [1], "tiles_of_head names lists that there are not"),
+        ("dense_from", [[-1]], "dense_from is negative"),
+        ("ranges", [[[0, 1], [3, 4]]], "ranges are not those of the distances"),
+        ("ranges", [[[1, 2], [0, 1]]], "ranges do not rise"),
+        ("distances", [[[False, True, False, False]]], "distance 0 is not in"),
+    ],
+)
+def test_an_index_made_by_hand_is_checked(table, value, problem):
+    distances = torch.tensor([[[True, True, False, False]]])
+    good = SparseIndex.of(distances, torch.tensor([[[2, 4]]]), None, torch.tensor([[[[0, 1]]]]), torch.tensor([-1]))
+    good.check()
+    wrong = torch.tensor(value, dtype=getattr(good, table).dtype)
+    wrong = wrong[None] if table == "ranges" else wrong
+    with pytest.raises(ValueError, match=f"a sparse index cannot be used: {problem}"):
+        replace(good, **{table: wrong}).check()
+
+
 def test_an_index_is_small():
     """The published budgets, 32 heads, a million tokens: less than 1 GB. The estimate itself is not made here."""
-    from kernels.sparse.index import SparseIndex, num_distances
-
     K = num_distances(2**20)
     g = torch.Generator().manual_seed(0)
     distances = torch.rand(1, 32, K, generator=g) < 0.2
@@ -208,8 +250,6 @@ def test_numbers_that_mean_nothing(make, message):
 
 
 def test_ranges_of_any_distances():
-    from kernels.sparse.index import SparseIndex
-
     g = torch.Generator().manual_seed(0)
     for K in (1, 2, 7, 64):
         index = SparseIndex.of(torch.rand(2, 3, K, generator=g) < 0.5)
