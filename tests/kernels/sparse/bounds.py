@@ -10,15 +10,12 @@ from sparse_rows import make_rows, make_sparse_inputs, random_index
 
 from kernels.sparse import AShape, BlockSparse, Dense, SparsePlan, TriShape, VerticalSlash, lower
 
-HISTORIES = [
-    [(1, [1])], [(70, [70])], [(150, [70, 150]), (150, [70, 150])], [(1, [70, 1]), (64, [128]), (65, [3, 0, 400])],
-]  # fmt: skip
+# Triton's interpreter takes a millisecond for each block: as few as there can be.
+HISTORIES = [[(1, [1])], [(70, [5, 70])], [(1, [70, 1]), (66, [3, 0, 150])]]
 PATTERNS = {
-    "a_shape": [AShape(3, 20)] * 4,
-    "tri_shape": [TriShape(3, 20, 5)] * 4,
-    "vertical_slash": [VerticalSlash(9, 101)] * 4,
-    "block_sparse": [BlockSparse(2)] * 4,
-    "dense": [Dense()] * 4,
+    "a_shape": [AShape(3, 20), TriShape(3, 1, 5)],
+    "vertical_slash": [VerticalSlash(9, 101)] * 2,
+    "block_sparse": [BlockSparse(2)] * 2,
     "mixed": [VerticalSlash(9, 101), BlockSparse(2), Dense(), AShape(0, 1)],
 }
 
@@ -27,15 +24,17 @@ def main(backend: str) -> None:
     for at_end in (False, True):
         for histories in HISTORIES:
             rows, arena = make_rows(*histories)
-            q, k, v = make_sparse_inputs(rows, arena, 4, 2, 24, torch.float32)
-            indices = {name: lower(patterns, q, k, rows, 0.2) for name, patterns in PATTERNS.items()}
-            for name, index in (indices | {"random": random_index(rows, 4)}).items():
+            for name, patterns in (PATTERNS | {"random": [None] * 4}).items():
                 print(backend, "at the end" if at_end else "at the beginning", histories, name, flush=True)
-                plan = SparsePlan(rows, q.device, q.dtype, backend)
-                expected = plan.run(q, k, v, index, 0.2)
+                H = len(patterns)
+                q, k, v = make_sparse_inputs(rows, arena, H, H // 2, 24, torch.float32)
+                index = random_index(rows, H) if name == "random" else lower(patterns, q, k, rows, 0.2)
+                expected = SparsePlan(rows, q.device, q.dtype, "aten").run(q, k, v, index, 0.2)
                 tables = {f.name: guarded(getattr(index, f.name), at_end=at_end) for f in fields(index)}
-                found = plan.run(*(guarded(x, at_end=at_end) for x in (q, k, v)), replace(index, **tables), 0.2)
-                assert all(map(torch.equal, found, expected))
+                tensors = (guarded(x, at_end=at_end) for x in (q, k, v))
+                found = SparsePlan(rows, q.device, q.dtype, backend).run(*tensors, replace(index, **tables), 0.2)
+                for one, other in zip(found, expected, strict=True):
+                    torch.testing.assert_close(one, other)
     print("done")
 
 
