@@ -58,15 +58,24 @@ def _mask(
     q_offset: int = 0,
     attention_mask: torch.Tensor | None = None,
     mask_function: Callable[..., Any] | None = None,
+    config: Any = None,
     **_: Any,
 ) -> torch.Tensor | None:
     """What ``_Attention`` takes as its mask: ``(B, N)`` bool, which keys up to the last query are none of padding; None
     where there is no padding and no key beyond the last query.
 
-    Raises ValueError where more than padding and causality is asked for, as with packed documents.
+    Raises ValueError where more than padding and causality is asked for, as with packed documents, and for a model that
+    computes its attention by itself: it would go by this mask, which says nothing of causality.
     """
     from transformers.masking_utils import causal_mask_function
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
+    model = MODEL_MAPPING.get(type(config), None)
+    if not getattr(model, "_supports_attention_backend", True):
+        raise ValueError(
+            f"{model.__name__} computes its attention by itself; accepted: models that take theirs from "
+            "attn_implementation; use another one"
+        )
     if mask_function not in (None, causal_mask_function):
         raise ValueError(
             "the model asks for a mask other than causal: a sliding window, chunks, packed documents (position_ids "
@@ -75,6 +84,11 @@ def _mask(
     num_keys = int(q_offset) + q_length
     if attention_mask is None:
         mask = torch.ones(batch_size, num_keys, dtype=torch.bool)
+    elif attention_mask.shape[-1] < num_keys:
+        raise ValueError(
+            f"the attention mask has {attention_mask.shape[-1]} keys; accepted: all {num_keys} up to the last query, "
+            "those in the cache too"
+        )
     else:
         mask = attention_mask[:, :num_keys].bool().cpu()  # once for all layers
     # A cache of a fixed size has more keys than there are yet.

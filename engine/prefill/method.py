@@ -67,6 +67,7 @@ class PrefillMethod:
         """What a person should know of the choice that was made for a model; None where there was none."""
         if self.name != MINFERENCE or self.config is not None or is_published(model_name):
             return None
+        model_name = model_name or "this model"
         if (found := self._file(model_name)) is not None:
             return f"{model_name} is read by the published configuration of a model of its name, {found.name}"
         return (

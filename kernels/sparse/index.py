@@ -101,11 +101,14 @@ class SparseIndex:
         problems = {
             "distance 0 is not in": ~self.distances[..., 0],
             "ranges are not those of the distances": _in_ranges(self.ranges, self.distances.shape[2]) != self.distances,
-            "ranges do not rise": self.ranges.flatten(2).diff(dim=-1) < 0,
+            "ranges do not rise from 0 to the last distance": (self.ranges.flatten(2).diff(dim=-1) < 0)
+            | (self.ranges[:, :, :, 0] < 0).any(-1, keepdim=True)
+            | (self.ranges[:, :, :, 1] > self.distances.shape[2]).any(-1, keepdim=True),
             "columns do not rise, or one is negative": _do_not_rise(self.columns),
             "tiles do not rise, or one is negative": _do_not_rise(self.tiles),
             "dense_from is negative": self.dense_from < 0,
-            "tiles_of_head names lists that there are not": self.tiles_of_head >= self.tiles.shape[1],
+            "tiles_of_head names lists that there are not": (self.tiles_of_head < -1)
+            | (self.tiles_of_head >= self.tiles.shape[1]),
             "a head has columns and tiles": has_columns & (self.tiles_of_head >= 0),
         }
         for problem, where in problems.items():

@@ -122,6 +122,22 @@ class TestRefused:
         with torch.no_grad(), pytest.raises(ValueError, match="no cu_seq_lens_q, which LlamaAttention asks for"):
             hf_attention._Attention(parse_prefill(SPARSE))(attention, q, kv, kv, None, cu_seq_lens_q=positions[0])
 
+    def test_models_that_compute_attention_themselves(self):
+        from transformers import AutoModelForCausalLM, BloomConfig
+
+        config = BloomConfig(vocab_size=99, hidden_size=16, n_layer=1, n_head=2)
+        name = register_sparse_attention(SPARSE)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=name)
+        with torch.no_grad(), pytest.raises(ValueError, match="BloomModel computes its attention by itself"):
+            model(torch.tensor([[1, 2, 3]]))
+
+    def test_a_mask_without_the_keys_in_the_cache(self):
+        model, ids = registered(SPARSE), torch.tensor(prompts(60))
+        with torch.no_grad():
+            past = model(ids[:, :40], use_cache=True).past_key_values
+            with pytest.raises(ValueError, match="the attention mask has 20 keys; accepted: all 60 up to the last"):
+                model(ids[:, 40:], past_key_values=past, attention_mask=torch.ones(1, 20))
+
     def test_values_of_another_size(self):
         attention = registered(SPARSE).model.layers[0].self_attn
         q, k, v = torch.zeros(1, 4, 50, 16), torch.zeros(1, 2, 50, 16), torch.zeros(1, 2, 50, 8)
