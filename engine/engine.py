@@ -3,6 +3,7 @@
 Shapes: n prompts, V vocabulary.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from engine.arena import Arena
-from engine.attention import AttentionMethod, Auto, get_method
+from engine.attention import AttentionMethod, Auto, Keeps, get_method
 from engine.attention.crossover import Crossover
 from engine.calibration import Setting, find_crossover
 from engine.decode_graphs import DecodeGraphs, check_capturable
@@ -118,6 +119,7 @@ class Engine:
         self._maker = RequestMaker(model.config, eos_token_ids, tokenizer)
         self.arena = Arena(model)
         self._shared = SharedLevels(model, self.arena)
+        self._told: set[str] = set()  # notices
 
     # ---- attention methods and CUDA graphs ----
 
@@ -137,11 +139,19 @@ class Engine:
         method = get_method(name)
         if method.moves and self.sparse_prefill is not None:
             raise InputError(f"attention {name!r} reads prompts by itself; accepted with it: prefill dense")
+        if method.keeps is Keeps.NOTHING and self.sparse_prefill is not None:
+            self._tell(f"attention {name} looks at no keys: a sparse prefill changes nothing")
         if method.moves and self._graphs is not None:
             raise InputError(f"attention {name!r} cannot be captured in CUDA graphs; leave one of the two out")
         if method.moves and (window := self.model.config.sliding_window) is not None:
             raise InputError(f"attention {name!r} is for models without a window; this one's is {window} tokens")
         return Auto(self.crossover) if isinstance(method, Auto) else method
+
+    def _tell(self, notice: str) -> None:
+        """Says it on rank 0, once."""
+        if self.model.group.rank == 0 and notice not in self._told:
+            print(f"notice: {notice}", file=sys.stderr)
+        self._told.add(notice)
 
     # ---- caches and kept levels ----
 
